@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that a GPU can show, in one command: ``python -m benchmarks.gpu --out DIR`` (or ``make gpu``).
+
+Environment and ceilings, the tests on the GPU, compute-sanitizer, each op against its floor; layer, generator and
+training step against their baselines. One JSON, rewritten after every part: an interruption loses nothing measured.
+Without a GPU the parts that need one are skipped, by name and with the reason, and the rest runs small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import ROOT, stamp, write_json
+
+TOTAL_SECONDS = 520  # of the nine minutes
+
+
+@dataclass(frozen=True)
+class Part:
+    """One subprocess. command may contain {device} and {json}; seconds is the most it may take."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: int
+    needs_gpu: bool = False
+    program: str | None = None  # an executable that must be on the PATH
+
+
+PYTHON = (sys.executable, "-m")
+PARTS = (
+    Part("ceilings", (*PYTHON, "benchmarks.ceilings", "--device", "{device}", "--json", "{json}"), 60),
+    Part("tests", (*PYTHON, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"), 150, needs_gpu=True),
+    Part(
+        "sanitizer",
+        (
+            "compute-sanitizer",
+            "--tool",
+            "memcheck",
+            "--error-exitcode",
+            "9",
+            *PYTHON,
+            "benchmarks.smoke",
+            "--device",
+            "{device}",
+        ),
+        60,
+        needs_gpu=True,
+        program="compute-sanitizer",
+    ),
+    Part("smoke", (*PYTHON, "benchmarks.smoke", "--device", "{device}"), 60),
+    Part("ops", (*PYTHON, "benchmarks.ops", "--device", "{device}", "--quick", "--json", "{json}"), 90),
+    Part("layer", (*PYTHON, "benchmarks.layer", "--device", "{device}", "--quick", "--json", "{json}"), 120),
+    Part("generator", (*PYTHON, "benchmarks.generator", "--device", "{device}", "--quick", "--json", "{json}"), 120),
+    Part("step", (*PYTHON, "benchmarks.step", "--device", "{device}", "--quick", "--json", "{json}"), 120),
+)
+
+
+def run(part: Part, device: str, out: Path, seconds: float) -> dict:
+    """Run one part; its output goes to OUT/NAME.log, its JSON into the result."""
+    if part.needs_gpu and device != "cuda":
+        return {"status": "skipped", "reason": "needs a GPU"}
+    if part.program and not shutil.which(part.program):
+        return {"status": "skipped", "reason": f"{part.program} is not installed"}
+    if seconds < 5:
+        return {"status": "skipped", "reason": f"the {TOTAL_SECONDS} s for the whole run are used up"}
+    file = out / f"{part.name}.json"
+    file.unlink(missing_ok=True)
+    command = [word.format(device=device, json=file) for word in part.command]
+    start = time.perf_counter()
+    with open(out / f"{part.name}.log", "w") as log:
+        try:
+            code: int | str = subprocess.run(
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=min(part.seconds, seconds), check=False
+            ).returncode
+        except subprocess.TimeoutExpired as error:
+            code = f"stopped after {error.timeout:.0f} s"
+    result: dict = {"status": "ok" if code == 0 else "failed", "seconds": round(time.perf_counter() - start, 1)}
+    if code != 0:
+        result |= {"exit": code, "log_end": (out / f"{part.name}.log").read_text()[-2000:]}
+    if file.exists():
+        result["result"] = json.loads(file.read_text())
+        file.unlink()
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where gpu.json and the logs go")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--only", nargs="+", choices=[p.name for p in PARTS], help="these parts alone")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU")
+    options.out.mkdir(parents=True, exist_ok=True)
+    report: dict = {"stamp": stamp(options.device), "parts": {}}
+    end = time.perf_counter() + TOTAL_SECONDS
+    for part in PARTS:
+        if options.only and part.name not in options.only:
+            continue
+        report["parts"][part.name] = result = run(part, options.device, options.out, end - time.perf_counter())
+        print(f"{part.name}: {result['status']} {result.get('reason', '')}{result.get('seconds', '')}", flush=True)
+        (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(options.out / "gpu.json", report)
+    return int(any(r["status"] == "failed" for r in report["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op against its floor, on every backend the device has: ``python -m benchmarks.ops``.
+
+The floor is the bytes that must move (each large input read once, each output written once, tables counted once) over
+the copy bandwidth measured in the same run. Results are checked against the torch backend before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.ceilings import measure as measure_ceilings
+from benchmarks.common import check, interleave, label_maps, stamp, write_json
+from spade_fast import LabelMap, ops
+from spade_fast.ops import backend
+
+HIDDEN = 128
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def cases(labels: LabelMap, channels: int, size: int, dtype: torch.dtype) -> dict[str, tuple[Callable, int]]:
+    """name -> (call giving the tensors to compare, bytes of its floor)."""
+    device, n, c = labels.device, len(labels), channels
+    found = labels.patterns(size, size, 3, backward=True)
+    codes = labels.resized(size, size)
+    half = dtype if device.type == "cuda" else torch.float32
+    table = torch.randn(9, labels.label_nc, HIDDEN, device=device)
+    bias = torch.randn(HIDDEN, device=device)
+    a = torch.randn(found.codes.shape[0], HIDDEN, device=device, dtype=half)
+    weights = [
+        (torch.randn(c, HIDDEN, 3, 3, device=device) / 34).to(half, memory_format=torch.channels_last) for _ in "gb"
+    ]
+    biases = [torch.randn(c, device=device, dtype=half) for _ in "gb"]
+    x = torch.randn(n, c, size, size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    small = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
+    params = torch.randn(found.taps.shape[0], 2 * c, device=device, dtype=half)
+    dense = torch.randn(n, 2 * c, size, size, device=device, dtype=half).contiguous(memory_format=torch.channels_last)
+    mean, m2 = ops.statistics(x, False)
+    rstd = torch.rsqrt(m2 / (n * size * size) + 1e-5)
+    upstream = torch.randn_like(x)
+    index = (found.ids, found.order, found.offsets)
+    segments = (found.tap_order, found.tap_offsets)
+    call = torch.ops.spade_fast
+
+    def modulation(
+        source: Tensor, values: list[Tensor], ids: tuple, slopes: list[float], upsample: int
+    ) -> list[Tensor]:
+        return call.modulation(source, mean, rstd, values, *ids, slopes, upsample, True)
+
+    def parameters() -> list[Tensor]:
+        return [call.pattern_params(a, found.taps, weights[0], biases[0], weights[1], biases[1], *segments)]
+
+    none = (None, None, None)
+    gradients = call.pattern_params_backward
+    return {
+        "patterns": (lambda: list(call.patterns(codes, 3)[:2]), nbytes(codes, found.hidden_ids, found.codes)),
+        "embedding_sum": (
+            lambda: [call.embedding_sum(table, bias, found.codes, labels.has_edges, True)],
+            nbytes(table, found.codes) + 4 * a.numel(),
+        ),
+        "pattern_params": (parameters, nbytes(a, found.taps, *weights, params)),
+        "pattern_params_backward": (
+            lambda: list(gradients(params, a, found.taps, *weights, *segments)),
+            nbytes(params, a, a, found.taps, *weights, *weights),
+        ),
+        "statistics": (lambda: list(call.statistics(x, False)), nbytes(x)),
+        "modulation": (
+            lambda: modulation(x, [params], index, [0.2], 1),
+            nbytes(x, x, found.ids, params),
+        ),
+        "modulation x2 outputs, upsampled": (
+            lambda: modulation(small, [params, params.flip(0)], index, [0.2, 1.0], 2),
+            nbytes(small, x, x, found.ids, params, params),
+        ),
+        "modulation dense": (lambda: modulation(x, [dense], none, [0.2], 1), nbytes(x, x, dense)),
+        "modulation_backward": (
+            lambda: call.modulation_backward([upstream], x, mean, rstd, [params], *index, [0.2], 1, True),
+            nbytes(x, x, upstream, upstream, x, found.ids, found.order, params, params),
+        ),
+        "modulation_backward dense": (
+            lambda: call.modulation_backward([upstream], x, mean, rstd, [dense], *none, [0.2], 1, True),
+            nbytes(x, x, upstream, upstream, x, dense, dense),
+        ),
+        "label_conv": (
+            lambda: [call.label_conv(codes, torch.cat([table, table[:7]])[:, :, :64], None, labels.has_edges, 4, 2, 2)],
+            nbytes(codes, table) + n * 64 * (size // 2 + 1) ** 2 * 4,
+        ),
+    }
+
+
+def measure(options: argparse.Namespace) -> dict:
+    device = options.device
+    maps, source = label_maps(256)
+    labels = LabelMap.cat([maps[i % len(maps)] for i in range(options.batch)]).to(device)
+    bandwidth = measure_ceilings(device)["copy_gb_s"]
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    names = backend.available(device)
+    result: dict = {"stamp": stamp(device), "copy_gb_s": bandwidth, "labels": source, "batch": options.batch, "ops": {}}
+    for channels, size in options.layers:
+        work = cases(labels, channels, size, dtype)
+        for op, (call, floor_bytes) in work.items():
+            with backend.use("torch"):
+                expected = call()
+            calls = {}
+            for name in names:
+                with backend.use(name):
+                    for i, (got, want) in enumerate(zip(call(), expected, strict=True)):
+                        check(f"{op} on {name}, result {i}", got, want, 2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+                def timed(name=name, call=call) -> None:
+                    with backend.use(name):
+                        call()
+
+                calls[name] = timed
+            times = interleave(calls, device, options.seconds, rounds=(3, 30))
+            floor = floor_bytes / bandwidth / 1e6
+            row = {n: {**t, "of_copy_bandwidth": floor / t["median_ms"]} for n, t in times.items()}
+            result["ops"][f"{op}, C={channels} @{size}²"] = {"floor_ms": floor, "floor_bytes": floor_bytes, **row}
+            text = "  ".join(f"{n} {t['median_ms']:.3f} ms ({floor / t['median_ms']:.0%})" for n, t in times.items())
+            print(f"{op:34s} C={channels:4d} @{size:3d}²  floor {floor:8.3f} ms  {text}", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=None, help="default: 16 on a GPU, 1 on a CPU")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each op and size")
+    parser.add_argument("--quick", action="store_true", help="one layer size, short runs")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    cuda = torch.device(options.device).type == "cuda"
+    options.batch = options.batch or (16 if cuda else 1)
+    options.layers = [(128, 256), (256, 128), (512, 64), (1024, 32), (1024, 16), (64, 256)]
+    if options.quick:
+        options.seconds, options.layers = 0.5, [(128, 256), (1024, 32)] if cuda else [(64, 64)]
+    write_json(options.json, measure(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's figures, written from the committed results files: ``python -m benchmarks.readme [--check]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from benchmarks.common import ROOT
+
+BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def source(name: str, result: dict, command: str) -> str:
+    stamp = result["stamp"]
+    where = f"{stamp['device']}, torch {stamp['torch']}, commit {stamp['commit']}, {stamp['date'][:10]}"
+    return f"[{name}](benchmarks/results/{name}): `python -m {command}`; {where}."
+
+
+def macs() -> list[str]:
+    result = read("macs.json")
+    plain, total = result["plain"]["total"], result["total"]
+    return [
+        f"Multiply-adds of the COCO-Stuff generator at 256×256, mean over {result['maps']} real label maps: "
+        f"{plain:.1f} G plain, {total['gather']:.1f} G with patterns by gather, {total['factored']:.1f} G factored "
+        f"({plain / total['factored']:.1f}× fewer).",
+        source("macs.json", result, "benchmarks.macs"),
+    ]
+
+
+def generator() -> list[str]:
+    result = read("generator_cpu.json")
+    rows = [
+        "| COCO-Stuff generator, 256×256, batch 1, fp32, two CPU cores | forward | forward + backward |",
+        "| --- | --- | --- |",
+    ]
+    for name in result["forward"]["times"]:
+        cells = []
+        for part in ("forward", "training"):
+            ratio = result[part]["ratios"].get(name)
+            cells.append(f"{result[part]['times'][name]['median_ms']:.0f} ms" + (f" ({ratio:.2f}×)" if ratio else ""))
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    kept = result["saved_bytes"]
+    return [
+        *rows,
+        "",
+        "In brackets: how many times the fused generator's time. `class table` is a floor and another function: gamma "
+        f"and beta looked up by class. Kept for backward: {kept['fused'] / 1e6:.0f} MB fused, "
+        f"{kept['plain NCHW'] / 1e6:.0f} MB plain.",
+        source("generator_cpu.json", result, "benchmarks.generator"),
+    ]
+
+
+def figures() -> str:
+    """The README's text between the markers."""
+    return "\n".join([*macs(), "", *generator()]) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether the README agrees with the results")
+    check = parser.parse_args().check
+    path = ROOT / "README.md"
+    text = path.read_text()
+    head, rest = text.split(BEGIN)
+    tail = rest[rest.index(END) :]
+    wanted = head + BEGIN + figures() + tail
+    if check:
+        return int(text != wanted)
+    path.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launchers share: tuning, devices, tile shapes.
+
+Tuned kernels are those whose numbers do not depend on the tile (element-wise ones, and the GEMM, whose K step is the
+same in every config); kernels that reduce use fixed shapes, so that results are bitwise equal from run to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+import triton.testing
+
+try:  # triton >= 3.4 keeps its settings in knobs
+    from triton import knobs
+
+    INTERPRET = bool(knobs.runtime.interpret)
+except ImportError:
+    import os
+
+    INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _bench(fn: Callable[[], None], quantiles: tuple[float, ...] | None = None):
+    if INTERPRET:  # nothing to time there: the first config is taken
+        return [0.0] * len(quantiles or (0.5,))
+    return triton.testing.do_bench(fn, warmup=5, rep=20, quantiles=quantiles)
+
+
+def autotune(configs: list[triton.Config], key: list[str]):
+    """``triton.autotune`` with a short measurement, and none at all under the interpreter."""
+    return triton.autotune(configs=configs, key=key, do_bench=_bench)
+
+
+# Elements of a [pixels, channels] tile an element-wise program handles, and its warps: 8 a thread, one 16-byte access
+# in half precision. More of them spill where a pixel has four positions and two outputs.
+TILES = [
+    triton.Config({"TILE": 1024}, num_warps=4),
+    triton.Config({"TILE": 2048}, num_warps=8),
+]
+
+
+def block_channels(channels: int, channel_stride: int, limit: int = 128) -> int:
+    """Channels a tile spans: wide when channels are adjacent in memory, few when pixels are (NCHW)."""
+    return min(triton.next_power_of_2(max(channels, 1)), limit if channel_stride == 1 or channels == 1 else 8)
+
+
+def on_device(t: torch.Tensor):
+    """Context making t's CUDA device current, where it is not already: Triton launches on the current one."""
+    if t.is_cuda and t.device.index != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return contextlib.nullcontext()
+
+
+def empty_activation(like: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    """Uninitialised [N,C,H,W] in the memory layout of `like`: channels-last stays so, anything else gets NCHW."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout_of(like))
+
+
+def layout_of(x: torch.Tensor) -> torch.memory_format:
+    """channels_last where x's channels are adjacent in memory (also in a slice of such a tensor)."""
+    return torch.channels_last if x.shape[1] > 1 and x.stride(1) == 1 else torch.contiguous_format
+
+
+def param_strides(params: torch.Tensor) -> tuple[int, int, int, int]:
+    """(n or row, channel, h, w) strides of pattern rows [P, 2C] or dense parameters [N, 2C, Ho, Wo]."""
+    return params.stride() if params.dim() == 4 else (*params.stride(), 0, 0)
+
+
+def grid_of(n: int, hw: int, c: int, block: int):
+    """Grid of a tuned kernel: tiles of the pixels of every image × blocks of channels."""
+    return lambda meta: (n * triton.cdiv(hw, meta["TILE"] // block), triton.cdiv(c, block))
+
+
+@triton.jit
+def pixel_tile(pid, HW, W, ROWS: tl.constexpr):
+    """Program -> image (int64), which rows are inside it, y, x of a tile of ROWS pixels."""
+    tiles = tl.cdiv(HW, ROWS)
+    n = (pid // tiles).to(tl.int64)
+    p = (pid % tiles) * ROWS + tl.arange(0, ROWS)
+    y = p // W
+    return n, p < HW, y, p - y * W
+
+
+@triton.jit
+def load_norm(mean, rstd, group, cols, col_mask, C: tl.constexpr, NORM: tl.constexpr):
+    """mean, rstd [BLOCK_C] of a group, or 0 and 1."""
+    if NORM:
+        m = tl.load(mean + group * C + cols, mask=col_mask, other=0.0)
+        r = tl.load(rstd + group * C + cols, mask=col_mask, other=0.0)
+    else:
+        m = tl.zeros(cols.shape, tl.float32)
+        r = m + 1.0
+    return m, r
+
+
+@triton.jit
+def load_params(params, pattern, n, oy, ox, cols, mask, spn, spc, sph, spw, C: tl.constexpr, DENSE: tl.constexpr):
+    """gamma, beta fp32 [ROWS, BLOCK_C]: from rows [P, 2C] by pattern, or from dense [N, 2C, Ho, Wo]."""
+    if DENSE:  # noqa: SIM108 (a compile-time branch)
+        at = n * spn + oy.to(tl.int64) * sph + ox.to(tl.int64) * spw
+    else:
+        at = pattern.to(tl.int64) * spn
+    ptr = params + at[:, None] + (cols.to(tl.int64) * spc)[None, :]
+    gamma = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    beta = tl.load(ptr + C * spc, mask=mask, other=0.0).to(tl.float32)
+    return gamma, beta

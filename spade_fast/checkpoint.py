@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: written atomically, loaded without executing pickled code, and the authors' released files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spade_fast.models import ConvEncoder, SPADEGenerator
+from spade_fast.spectral import EPS
+
+FORMAT = "spade_fast.checkpoint/1"
+RELEASED = "released: COCO-Stuff, ADE20K crop_size=256, 'normal'; Cityscapes crop_size=512, aspect_ratio=2, 'more'"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, unreadable, or does not say enough."""
+
+
+def atomic_save(obj: object, path: str | Path) -> None:
+    """torch.save that leaves either the old file or the complete new one, also after a crash or a power cut."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def safe_load(path: str | Path) -> object:
+    """Load tensors and plain containers on the CPU; a file that needs arbitrary code to unpickle is refused.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not a plain checkpoint.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint at {path}") from None
+    except Exception as error:  # torch raises many types for broken files
+        raise CheckpointError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where a run keeps its checkpoint of a step."""
+    return directory / f"checkpoint_{step:08d}.pt"
+
+
+def list_checkpoints(directory: str | Path) -> list[Path]:
+    """The checkpoints of a run directory, oldest first."""
+    pattern = re.compile(r"checkpoint_\d{8,}\.pt")
+    found = [p for p in Path(directory).glob("checkpoint_*.pt") if pattern.fullmatch(p.name)]
+    return sorted(found, key=lambda p: int(p.stem.rpartition("_")[2]))
+
+
+def resolve(path: str | Path) -> Path:
+    """A checkpoint file: the path itself, or the newest checkpoint of a run directory.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = list_checkpoints(path)
+        if not found:
+            raise CheckpointError(f"no checkpoint_*.pt in the directory {path}")
+        return found[-1]
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}")
+    return path
+
+
+def _complete_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add what files of old torch versions lack, and drop what they have too much, so that they load strictly.
+
+    Spectral norm: ``weight_v`` is computed so that weight_orig / (uᵀ W v) is the weight that was saved, or, when no
+    weight was saved, by one half step of the power iteration. Batch norm: ``num_batches_tracked`` becomes 0.
+    """
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    for name in [n for n in state if n.endswith("weight_u")]:
+        stem = name.removesuffix("_u")
+        saved = state.pop(stem, None)
+        if stem + "_v" in state:
+            continue
+        matrix, u = state[stem + "_orig"].flatten(1), state[name]
+        if saved is None:
+            state[stem + "_v"] = F.normalize(matrix.t() @ u, dim=0, eps=EPS)
+        else:
+            sigma = (matrix / saved.flatten(1)).nanmedian()
+            v = torch.linalg.lstsq(matrix.double(), u.double().unsqueeze(1), driver="gelsd").solution.squeeze(1).to(u)
+            state[stem + "_v"] = v * (sigma / torch.dot(u, matrix @ v))
+    for name in [n for n in state if n.endswith("running_mean")]:
+        state.setdefault(name.removesuffix("running_mean") + "num_batches_tracked", torch.tensor(0))
+    return state
+
+
+def _is_state_dict(obj: object) -> bool:
+    return isinstance(obj, Mapping) and bool(obj) and all(isinstance(v, Tensor) for v in obj.values())
+
+
+def _infer_generator_options(state: Mapping[str, Tensor], overrides: dict, path: Path) -> dict:
+    """Constructor options of a bare generator state dict; what the tensors cannot tell must be in overrides."""
+    try:
+        shared = state["head_0.norm_0.mlp_shared.0.weight"]
+        width = state["head_0.conv_0.weight_orig"].shape[0]
+        fc = state["fc.weight"]
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not a SPADE generator's state dict: {error.args[0]} is missing") from None
+    options = dict(
+        label_nc=shared.shape[1],
+        ngf=width // 16,
+        kernel_size=shared.shape[2],
+        z_dim=None if fc.ndim == 4 else fc.shape[1],
+    )
+    unknown = {"crop_size": "the width of the images it was trained on"}
+    if "head_0.norm_0.param_free_norm.running_mean" in state:
+        options["norm"] = "syncbatch"
+    else:
+        unknown["norm"] = "'instance' or 'none'"
+    if any(name.startswith("up_4.") for name in state):
+        options["num_upsampling_layers"] = "most"
+    else:
+        unknown["num_upsampling_layers"] = "'normal' or 'more'"
+    options.update({name: value for name, value in overrides.items() if value is not None})
+    missing = [f"{name} ({what})" for name, what in unknown.items() if name not in options]
+    if missing:
+        raise CheckpointError(
+            f"{path} is a bare state dict, whose tensors do not tell {', '.join(missing)}: pass it as an argument "
+            f"({RELEASED})"
+        )
+    return options
+
+
+def _load_strictly(net: torch.nn.Module, state: Mapping[str, Tensor], path: Path, options: dict) -> None:
+    try:
+        net.load_state_dict(_complete_state_dict(state), strict=True)
+    except RuntimeError as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        first, *others = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" (and {len(others)} more)" if others else ""
+        raise CheckpointError(f"{path} does not fit a {type(net).__name__}({given}): {first}{more}") from None
+
+
+def load_generator(path: str | Path, **overrides) -> SPADEGenerator:
+    """A generator in evaluation mode from a checkpoint, a run directory, or a released ``*_net_G.pth``.
+
+    Args:
+        path: checkpoint file, run directory (its newest checkpoint), or the bare state dict of the authors' format,
+            from which label channels, ngf, kernel size, latent size and ``most`` upsampling are read off the tensors.
+        overrides: options of :class:`SPADEGenerator`; a bare state dict cannot tell crop_size, ``normal`` from
+            ``more`` upsampling, aspect_ratio (1 unless given), or ``instance`` from ``none``.
+
+    Raises:
+        CheckpointError: unreadable, not a generator, or an option that only an argument can tell is not given.
+    """
+    path = resolve(path)
+    loaded = safe_load(path)
+    if _is_state_dict(loaded):
+        state = loaded
+        options = _infer_generator_options(_strip(loaded), overrides, path)
+    elif isinstance(loaded, Mapping) and loaded.get("format") == FORMAT:
+        state, options = loaded["generator"]["state_dict"], {**loaded["generator"]["options"], **overrides}
+    else:
+        raise CheckpointError(f"{path} is neither a checkpoint of this package ({FORMAT}) nor a bare state dict")
+    net = SPADEGenerator(**options)
+    _load_strictly(net, state, path, options)
+    return net.eval()
+
+
+def load_encoder(path: str | Path) -> ConvEncoder:
+    """An image encoder in evaluation mode from a checkpoint with one, a run directory, or a released ``*_net_E.pth``.
+
+    Raises:
+        CheckpointError: unreadable, or there is no encoder in it.
+    """
+    path = resolve(path)
+    loaded = safe_load(path)
+    if _is_state_dict(loaded):
+        state = _strip(loaded)
+        try:
+            options = dict(ngf=state["layer1.0.weight_orig"].shape[0], z_dim=state["fc_mu.weight"].shape[0])
+        except KeyError as error:
+            raise CheckpointError(f"{path} is not an encoder's state dict: {error.args[0]} is missing") from None
+    elif isinstance(loaded, Mapping) and loaded.get("format") == FORMAT and loaded.get("encoder"):
+        state, options = loaded["encoder"]["state_dict"], loaded["encoder"]["options"]
+    else:
+        raise CheckpointError(f"{path} holds no encoder; train one with --use-vae")
+    net = ConvEncoder(**options)
+    _load_strictly(net, state, path, options)
+    return net.eval()
+
+
+def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): value for name, value in state.items()}

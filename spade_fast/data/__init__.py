@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Datasets of images and label maps."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from . import ade20k, cityscapes, coco, folder, synthetic
+from .base import FileDataset, SegmentationDataset
+from .reading import IGNORE, DataError
+from .synthetic import SyntheticDataset
+from .transforms import PREPROCESS_MODES, Geometry, default_load_size, instances_to_edges
+
+__all__ = [
+    "DATASETS",
+    "IGNORE",
+    "PREPROCESS_MODES",
+    "DataError",
+    "FileDataset",
+    "SegmentationDataset",
+    "SyntheticDataset",
+    "default_load_size",
+    "default_options",
+    "instances_to_edges",
+    "make_dataset",
+]
+
+_DEFAULTS = {
+    "coco": coco.DEFAULTS,
+    "ade20k": ade20k.DEFAULTS,
+    "ade20k-outdoor": ade20k.DEFAULTS,
+    "cityscapes": cityscapes.DEFAULTS,
+    "flickr": coco.FLICKR_DEFAULTS,
+    "folder": folder.DEFAULTS,
+    "synthetic": synthetic.DEFAULTS,
+}
+DATASETS = tuple(_DEFAULTS)
+PHASES = ("train", "val")
+
+
+def default_options(name: str) -> dict:
+    """What a dataset takes when the caller chooses nothing.
+
+    Keys: num_classes (None: must be given), use_edges, preprocess, crop_size, load_size, aspect_ratio, flip, and size
+    (None but for synthetic: samples of a training set).
+    """
+    _known(name)
+    options = {"aspect_ratio": 1.0, "flip": True, "size": None, **_DEFAULTS[name]}
+    return {**options, "load_size": default_load_size(options["preprocess"], options["crop_size"])}
+
+
+def make_dataset(
+    name: str,
+    phase: str = "train",
+    *,
+    dataroot: str | os.PathLike | None = None,
+    image_dir: str | os.PathLike | None = None,
+    label_dir: str | os.PathLike | None = None,
+    instance_dir: str | os.PathLike | None = None,
+    num_classes: int | None = None,
+    ignore_value: int | None = None,
+    raw_labels: bool = False,
+    file_list: str | os.PathLike | None = None,
+    use_edges: bool | None = None,
+    crop_size: int | None = None,
+    load_size: int | None = None,
+    aspect_ratio: float | None = None,
+    preprocess: str | None = None,
+    flip: bool = True,
+    seed: int = 0,
+    need_images: bool = True,
+    size: int | None = None,
+    strict: bool = True,
+) -> SegmentationDataset:
+    """Open a dataset. What is None is the dataset's own default, see default_options.
+
+    Args:
+        name: one of DATASETS.
+        phase: "train" (random crops and flips) or "val" (none).
+        dataroot: the dataset's folder; see the module of each dataset for what lies in it.
+        image_dir, label_dir, instance_dir: folders to use instead of those below dataroot.
+        num_classes: for "folder"; the other datasets have theirs.
+        ignore_value: stored label value whose pixels get no class (IGNORE).
+        raw_labels: ADE20K's labels as stored, 0 = unknown, as the authors' released weights need.
+        file_list: a text file with the name of a sample a line (without suffix); only those are used.
+        use_edges: instance edges as a further channel, where the dataset has instance maps.
+        crop_size: width of the result in pixels.
+        load_size: width (or short side) before the crop, by default 286/256 of it; in phase "val" resize_and_crop
+            and scale_shortside_and_crop load at crop_size.
+        aspect_ratio: width / height of the result.
+        preprocess: one of PREPROCESS_MODES.
+        flip: mirror half of the samples in phase "train".
+        seed: of the augmentation, and of the synthetic scenes.
+        need_images: False to use label maps alone; items then have no "image".
+        size: number of synthetic samples.
+        strict: False lists files without a partner in `dataset.faults` instead of raising, for the check.
+
+    Raises:
+        DataError: an option is impossible, a folder is missing or empty, or files have no partner.
+    """
+    _known(name)
+    if phase not in PHASES:
+        raise DataError(f"phase {phase!r} is unknown; expected one of {', '.join(PHASES)}")
+    if seed < 0:
+        raise DataError(f"seed must not be negative, got {seed}")
+    defaults = default_options(name)
+    expected = defaults["num_classes"]
+    if expected is not None and num_classes not in (None, expected):
+        raise DataError(
+            f"dataset {name} has {expected} classes, got num_classes {num_classes}; for classes of your own use "
+            "dataset folder"
+        )
+    if raw_labels and not name.startswith("ade20k"):
+        raise DataError(f"raw_labels is an option of ade20k, not of {name}")
+    preprocess = preprocess or defaults["preprocess"]
+    crop_size = crop_size or defaults["crop_size"]
+    geometry = Geometry(
+        preprocess,
+        crop_size,
+        load_size or default_load_size(preprocess, crop_size),
+        aspect_ratio or defaults["aspect_ratio"],
+        flip,
+        phase == "train",
+    )
+    edges = defaults["use_edges"] if use_edges is None else use_edges
+    if name == "synthetic":
+        return SyntheticDataset(phase, geometry, seed=seed, size=size, use_edges=edges, need_images=need_images)
+
+    root = _folder(dataroot)
+    given = {"image_dir": _folder(image_dir), "label_dir": _folder(label_dir), "instance_dir": _folder(instance_dir)}
+    if name == "folder":
+        spec = folder.spec(name, phase, root, *given.values(), num_classes)
+    else:
+        if root is None and given["label_dir"] is None:
+            raise DataError(f"dataset {name}: its folder is not given (--dataroot)")
+        if root is None and need_images and given["image_dir"] is None:
+            raise DataError(f"dataset {name}: a folder of label maps but none of images is given (--image-dir)")
+        if root is None and edges and defaults["use_edges"] and given["instance_dir"] is None:
+            raise DataError(
+                f"dataset {name}: a folder of label maps but none of instance maps is given (--instance-dir); to go "
+                "without, turn edges off"
+            )
+        if name.startswith("ade20k"):
+            spec = ade20k.spec(name, phase, root, raw_labels)
+        elif name == "cityscapes":
+            spec = cityscapes.spec(name, phase, root)
+        else:
+            spec = coco.spec(name, phase, root)
+        spec = dataclasses.replace(spec, **{key: value for key, value in given.items() if value is not None})
+    return FileDataset(
+        spec,
+        geometry,
+        seed=seed,
+        need_images=need_images,
+        ignore_value=ignore_value,
+        use_edges=edges or (use_edges is None and given["instance_dir"] is not None),
+        keep=_chosen(name, root, file_list),
+        strict=strict,
+    )
+
+
+def _known(name: str) -> None:
+    if name not in _DEFAULTS:
+        raise DataError(f"dataset {name!r} is unknown; expected one of {', '.join(DATASETS)}")
+
+
+def _folder(path: str | os.PathLike | None) -> Path | None:
+    return None if path is None else Path(path).expanduser()
+
+
+def _chosen(name: str, root: Path | None, file_list: str | os.PathLike | None) -> Callable[[str], bool] | None:
+    """Which samples to use, by the last part of their names; None for all."""
+    if file_list is not None:
+        try:
+            lines = Path(file_list).expanduser().read_text().split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file_list}: cannot read the file list: {error}") from error
+        names = {Path(line.strip()).stem for line in lines if line.strip()}
+    elif name == "ade20k-outdoor":
+        if root is None:
+            raise DataError("dataset ade20k-outdoor: needs --dataroot, for sceneCategories.txt, or --file-list")
+        names = ade20k.outdoor_names(root)
+    else:
+        return None
+    return lambda key: key.rsplit("/", 1)[-1] in names

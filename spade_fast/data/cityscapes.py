@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cityscapes as downloaded.
+
+    dataroot/leftImg8bit/train/CITY/*_leftImg8bit.png
+    dataroot/gtFine/train/CITY/*_gtFine_labelIds.png      0..33
+    dataroot/gtFine/train/CITY/*_gtFine_instanceIds.png   16 bits: label, or label * 1000 + number
+
+35 classes as in the authors' options: ids 0..33, and 34 for the licence plate, whose id -1 the label maps do not hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from .base import Spec
+from .palettes import distinct_colours
+
+DEFAULTS = {"num_classes": 35, "use_edges": True, "preprocess": "fixed", "crop_size": 512, "aspect_ratio": 2.0}
+
+# Names and colours of the Cityscapes label definitions, by id.
+_CLASSES = [
+    ("unlabeled", None), ("ego vehicle", None), ("rectification border", None), ("out of roi", None),
+    ("static", None), ("dynamic", (111, 74, 0)), ("ground", (81, 0, 81)), ("road", (128, 64, 128)),
+    ("sidewalk", (244, 35, 232)), ("parking", (250, 170, 160)), ("rail track", (230, 150, 140)),
+    ("building", (70, 70, 70)), ("wall", (102, 102, 156)), ("fence", (190, 153, 153)), ("guard rail", (180, 165, 180)),
+    ("bridge", (150, 100, 100)), ("tunnel", (150, 120, 90)), ("pole", (153, 153, 153)), ("polegroup", None),
+    ("traffic light", (250, 170, 30)), ("traffic sign", (220, 220, 0)), ("vegetation", (107, 142, 35)),
+    ("terrain", (152, 251, 152)), ("sky", (70, 130, 180)), ("person", (220, 20, 60)), ("rider", (255, 0, 0)),
+    ("car", (0, 0, 142)), ("truck", (0, 0, 70)), ("bus", (0, 60, 100)), ("caravan", (0, 0, 90)),
+    ("trailer", (0, 0, 110)), ("train", (0, 80, 100)), ("motorcycle", (0, 0, 230)), ("bicycle", (119, 11, 32)),
+    ("license plate", None),
+]  # fmt: skip
+CLASS_NAMES = [name for name, _ in _CLASSES]
+
+
+def palette() -> np.ndarray:
+    """uint8 [35, 3]; classes that are black or alike in Cityscapes get a colour of their own."""
+    colours = distinct_colours(len(_CLASSES)) // 4  # dark, and unlike any colour above
+    for number, (_, colour) in enumerate(_CLASSES):
+        if colour is not None:
+            colours[number] = colour
+    return colours
+
+
+def _without(ending: str) -> Callable[[str], str | None]:
+    return lambda stem: stem[: -len(ending)] if stem.endswith(ending) else None
+
+
+def spec(name: str, phase: str, root: Path | None) -> Spec:
+    """Files of "cityscapes"."""
+    base = root or Path()
+    return Spec(
+        name=name,
+        num_classes=DEFAULTS["num_classes"],
+        palette=palette(),
+        class_names=list(CLASS_NAMES),
+        classes={value: value for value in range(34)},
+        image_dir=base / "leftImg8bit" / phase,
+        label_dir=base / "gtFine" / phase,
+        instance_dir=base / "gtFine" / phase,
+        image_key=_without("_leftImg8bit"),
+        label_key=_without("_gtFine_labelIds"),
+        instance_key=_without("_gtFine_instanceIds"),
+    )

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FusedSPADE, the drop-in fast SPADE layer, and the SPADE residual block."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from spade_fast import ops, reference
+from spade_fast.label_map import LabelMap
+from spade_fast.patterns import Patterns
+from spade_fast.spectral import SpectralConv2d
+
+SLOPE = 0.2  # LeakyReLU everywhere in the generator and the discriminator
+DENSE_ABOVE = 0.9  # distinct patterns a pixel above which one convolution over the pixels costs less
+_recognised: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # segmap -> (its version, LabelMap or None)
+
+
+class FusedSPADE(nn.Module):
+    """The SPADE layer (Park et al., CVPR 2019, section 3, equation 1), evaluated once per distinct label patch.
+
+    The same function, gradients, initial distribution and state dict as :class:`spade_fast.reference.SPADE`, whose
+    arguments it takes.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    def __init__(
+        self, norm_nc: int, label_nc: int, norm: str = "syncbatch", kernel_size: int = 3, hidden_nc: int = 128
+    ) -> None:
+        super().__init__()
+        reference.check_layer_options(norm, kernel_size, norm_nc=norm_nc, label_nc=label_nc, hidden_nc=hidden_nc)
+        self.norm, self.norm_nc, self.label_nc, self.kernel_size = norm, norm_nc, label_nc, kernel_size
+        padding = kernel_size // 2
+        self.param_free_norm = reference.param_free_norm(norm, norm_nc)
+        self.mlp_shared = nn.Sequential(nn.Conv2d(label_nc, hidden_nc, kernel_size, padding=padding), nn.ReLU())
+        self.mlp_gamma = nn.Conv2d(hidden_nc, norm_nc, kernel_size, padding=padding)
+        self.mlp_beta = nn.Conv2d(hidden_nc, norm_nc, kernel_size, padding=padding)
+        # Memory orders in which the tables and matrices of the pattern path are views: one row a (tap, label), and
+        # [C, k·k·hidden]. Shapes, and so state dicts, are unchanged.
+        shared = self.mlp_shared[0].weight
+        shared.data = shared.data.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+        for convolution in (self.mlp_gamma, self.mlp_beta):
+            convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
+
+    def forward(
+        self, x: Tensor, labels: LabelMap | Tensor, activation: float | str | None = None, upsample: int = 1
+    ) -> Tensor:
+        """Normalise, modulate, activate.
+
+        Args:
+            x: activation [N, norm_nc, H, W].
+            labels: LabelMap, or a map [N, label_nc, h, w]; resized by nearest neighbour to the output's size. A tensor
+                which is exactly one-hot (plus 0/1 edges) is taken as a LabelMap (finding out waits for a GPU; the
+                answer is remembered while the tensor lives); any other is dense conditioning.
+            activation: negative slope of a LeakyReLU after the modulation, ``"leaky_relu"`` (0.2), or None.
+            upsample: 1, or 2 to normalise and modulate x enlarged twice by nearest neighbour, without building it.
+
+        Returns:
+            [N, norm_nc, H·upsample, W·upsample] in the dtype and layout of x.
+        """
+        return modulate(x, labels, [self], [activation], upsample)[0][0]
+
+    def extra_repr(self) -> str:
+        return f"{self.norm_nc}, label_nc={self.label_nc}, norm={self.norm!r}, kernel_size={self.kernel_size}"
+
+    def pattern_params(self, patterns: Patterns, edges: bool) -> Tensor:
+        """[P, 2·norm_nc] = [gamma | beta] of every pattern."""
+        gamma, beta = self.mlp_gamma, self.mlp_beta
+        return ops.pattern_params(
+            self._hidden_rows(patterns.codes, edges),
+            patterns.taps,
+            gamma.weight,
+            gamma.bias,
+            beta.weight,
+            beta.bias,
+            patterns.tap_order,
+            patterns.tap_offsets,
+        )
+
+    def _hidden_rows(self, codes: Tensor, edges: bool) -> Tensor:
+        """[Q, hidden_nc]: the hidden layer at label patches, codes [Q, k·k]."""
+        shared = self.mlp_shared[0]
+        table = shared.weight.permute(2, 3, 1, 0).reshape(self.kernel_size**2, self.label_nc, -1)
+        return ops.embedding_sum(table, shared.bias, codes, edges, relu=True)
+
+    def label_pixel_params(self, patterns: Patterns, edges: bool) -> Tensor:
+        """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel, for maps with few repeated patches."""
+        # With few repeats, one sum a pixel costs less than one a patch and then a gather.
+        hidden = self._hidden_rows(patterns.pixel_codes, edges)
+        return self._gamma_beta(hidden.view(*patterns.hidden_ids.shape, -1).permute(0, 3, 1, 2))
+
+    def pixel_params(self, segmap: Tensor, size: tuple[int, int]) -> Tensor:
+        """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel, from a dense map [N, label_nc, h, w]."""
+        if tuple(segmap.shape[2:]) != size:
+            segmap = F.interpolate(segmap, size=size, mode="nearest")
+        return self._gamma_beta(self.mlp_shared(segmap.to(self.mlp_shared[0].weight.dtype)))
+
+    def _gamma_beta(self, hidden: Tensor) -> Tensor:
+        gamma, beta = self.mlp_gamma, self.mlp_beta
+        n, _, h, w = hidden.shape
+        if n * h * w < gamma.weight[0].numel():  # joining the outputs moves less than joining the weights
+            return torch.cat([gamma(hidden), beta(hidden)], dim=1)
+        weight, bias = torch.cat([gamma.weight, beta.weight]), torch.cat([gamma.bias, beta.bias])
+        return F.conv2d(hidden, weight, bias, padding=self.kernel_size // 2)
+
+
+Recipe = tuple[Callable[..., Tensor], list[Tensor | None]]  # function and tensors that give an output again
+
+
+def modulate(
+    x: Tensor,
+    labels: LabelMap | Tensor,
+    layers: Sequence[FusedSPADE],
+    activations: Sequence[float | str | None],
+    upsample: int = 1,
+) -> tuple[list[Tensor], list[Recipe]]:
+    """The outputs of one or two FusedSPADE layers of the same kind on the same x: statistics and reads of x are shared.
+
+    Arguments as in :meth:`FusedSPADE.forward`, an activation for each layer. Also returned, for each output: how to
+    compute it again from what is kept for backward anyway, so that a convolution after it need not keep it.
+    """
+    first = layers[0]
+    slopes = [_slope(a) for a in activations]
+    size = (x.shape[2] * upsample, x.shape[3] * upsample)
+    if x.dim() != 4 or x.shape[1] != first.norm_nc:
+        raise ValueError(f"x must have shape [N, {first.norm_nc}, H, W], got {list(x.shape)}")
+    labels = recognise(labels)
+    shape = reference.segmap_shape(labels)
+    if shape[:2] != (x.shape[0], first.label_nc):
+        raise ValueError(
+            f"labels must be for [N={x.shape[0]}, label_nc={first.label_nc}] as x and the layer are, got {list(shape)}"
+        )
+    if labels.device != x.device:
+        raise ValueError(f"labels are on {labels.device}, x is on {x.device}")
+    ids = order = offsets = None
+    if isinstance(labels, LabelMap):
+        patterns = labels.patterns(*size, first.kernel_size, backward=torch.is_grad_enabled())
+        # A traced graph must not depend on how many patterns this map has.
+        if not torch.compiler.is_compiling() and patterns.density > DENSE_ABOVE:
+            params = [layer.label_pixel_params(patterns, labels.has_edges) for layer in layers]
+        else:
+            params = [layer.pattern_params(patterns, labels.has_edges) for layer in layers]
+            ids, order, offsets = patterns.ids, patterns.order, patterns.offsets
+    else:
+        params = [layer.pixel_params(labels, size) for layer in layers]
+    statistics = _statistics(x, layers, upsample)
+    recipes = [
+        (functools.partial(_modulate_again, slope, upsample), [x, mean, rstd, p, ids])
+        for (mean, rstd, _), p, slope in zip(itertools.cycle(statistics), params, slopes, strict=False)
+    ]
+    if len(statistics) == 1:
+        mean, rstd, depends = statistics[0]
+        return ops.modulation(x, mean, rstd, params, ids, order, offsets, slopes, upsample, depends), recipes
+    outs = [  # running statistics are each layer's own
+        ops.modulation(x, mean, rstd, [p], ids, order, offsets, [slope], upsample, depends)[0]
+        for (mean, rstd, depends), p, slope in zip(statistics, params, slopes, strict=True)
+    ]
+    return outs, recipes
+
+
+def _modulate_again(slope: float, upsample: int, x, mean, rstd, params, ids) -> Tensor:
+    return ops.modulation(x, mean, rstd, [params], ids, None, None, [slope], upsample, False)[0]
+
+
+def recognise(labels: LabelMap | Tensor) -> LabelMap | Tensor:
+    """The LabelMap that a one-hot tensor stands for, or labels itself."""
+    if not isinstance(labels, Tensor) or labels.requires_grad or labels.is_meta or torch.compiler.is_compiling():
+        return labels
+    if labels.is_inference():  # has no version to remember it by
+        found = LabelMap.from_segmap(labels)
+        return labels if found is None else found
+    known = _recognised.get(labels)
+    if known is None or known[0] != labels._version:
+        known = _recognised[labels] = (labels._version, LabelMap.from_segmap(labels))
+    return labels if known[1] is None else known[1]
+
+
+def _slope(activation: float | str | None) -> float:
+    if activation is None:
+        return 1.0
+    if activation == "leaky_relu":
+        return SLOPE
+    if isinstance(activation, (int, float)) and not isinstance(activation, bool):
+        return float(activation)
+    raise ValueError(f'activation must be None, a negative slope or "leaky_relu", got {activation!r}')
+
+
+def _statistics(
+    x: Tensor, layers: Sequence[FusedSPADE], upsample: int
+) -> list[tuple[Tensor | None, Tensor | None, bool]]:
+    """(mean, rstd, whether they depend on x): once for all layers, or for each; updates running statistics.
+
+    Enlarging x by nearest neighbour changes neither mean nor biased variance, only the count behind the unbiased one.
+    """
+    norm = layers[0].param_free_norm
+    if isinstance(norm, nn.Identity):
+        return [(None, None, False)]
+    n, _, h, w = x.shape
+    if isinstance(norm, nn.InstanceNorm2d):
+        if h * w * upsample**2 == 1:
+            raise ValueError(f"instance norm needs more than 1 spatial element, got x of shape {list(x.shape)}")
+        mean, m2 = ops.statistics(x, True)
+        return [(mean, torch.rsqrt(m2 / max(h * w, 1) + norm.eps), True)]
+    if not norm.training and norm.running_mean is not None:
+        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        norms = [layer.param_free_norm for layer in layers]
+        return [(b.running_mean[None].to(acc), torch.rsqrt(b.running_var[None].to(acc) + b.eps), False) for b in norms]
+    count = n * h * w
+    if count * upsample**2 == 1:
+        raise ValueError(f"batch norm needs more than 1 value per channel when training, got x of {list(x.shape)}")
+    mean, m2 = ops.statistics(x, False)
+    variance = m2 / max(count, 1)
+    for layer in layers:
+        _update_running(layer.param_free_norm, mean[0], variance[0], count * upsample**2)
+    return [(mean, torch.rsqrt(variance + norm.eps), True)]
+
+
+def _update_running(norm: nn.Module, mean: Tensor, variance: Tensor, count: int) -> None:
+    """As BatchNorm2d does: momentum, unbiased variance, num_batches_tracked."""
+    if not norm.training or norm.running_mean is None:
+        return
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        if count == 0:
+            return
+        unbiased = variance * (count / max(count - 1, 1))
+        momentum = norm.momentum
+        if momentum is None:  # cumulative average
+            momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+        for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            if running.dtype == new.dtype:
+                running.lerp_(new, momentum)
+            else:
+                running.copy_(torch.lerp(running.to(new.dtype), new, momentum))
+
+
+class SPADEResnetBlock(nn.Module):
+    """SPADE residual block (paper, Figure 4a): SPADE, LeakyReLU, convolution, twice, and a learned shortcut when the
+    number of channels changes. Convolutions are spectrally normalised.
+
+    Args:
+        fin, fout: channels in and out.
+        label_nc: channels of the segmentation map.
+        norm, kernel_size: see :class:`spade_fast.reference.SPADE`.
+        spade: ``fused`` for :class:`FusedSPADE`, ``reference`` for the plain layer.
+    """
+
+    def __init__(
+        self,
+        fin: int,
+        fout: int,
+        label_nc: int,
+        norm: str = "syncbatch",
+        kernel_size: int = 3,
+        spade: str = "fused",
+    ) -> None:
+        super().__init__()
+        kinds = {"fused": FusedSPADE, "reference": reference.SPADE}
+        if spade not in kinds:
+            raise ValueError(f"spade must be one of {', '.join(kinds)}, got {spade!r}")
+        self.fused = spade == "fused"
+        layer = kinds[spade]
+        middle = min(fin, fout)
+        self.conv_0 = SpectralConv2d(fin, middle, 3, padding=1)
+        self.conv_1 = SpectralConv2d(middle, fout, 3, padding=1)
+        self.norm_0 = layer(fin, label_nc, norm, kernel_size)
+        self.norm_1 = layer(middle, label_nc, norm, kernel_size)
+        self.learned_shortcut = fin != fout
+        if self.learned_shortcut:
+            self.conv_s = SpectralConv2d(fin, fout, 1, bias=False)
+            self.norm_s = layer(fin, label_nc, norm, kernel_size)
+
+    def forward(self, x: Tensor, segmap: LabelMap | Tensor, upsample: int = 1) -> Tensor:
+        """x [N, fin, h, w], enlarged ``upsample`` times by nearest neighbour, -> [N, fout, h·upsample, w·upsample].
+
+        segmap: a dense map [N, label_nc, ., .], or, for fused layers, a LabelMap too.
+        """
+        if not self.fused:
+            return self._forward_plain(x, segmap, upsample)
+        if self.learned_shortcut:
+            outs, recipes = modulate(x, segmap, [self.norm_0, self.norm_s], [SLOPE, None], upsample)
+            shortcut = self.conv_s(outs[1], recipes[1])
+        else:
+            outs, recipes = modulate(x, segmap, [self.norm_0], [SLOPE], upsample)
+        out = self.conv_0(outs[0], recipes[0])
+        outs, recipes = modulate(out, segmap, [self.norm_1], [SLOPE])
+        out = self.conv_1(outs[0], recipes[0])
+        return out.add_(shortcut) if self.learned_shortcut else _add_enlarged(out, x, upsample)
+
+    def _forward_plain(self, x: Tensor, segmap: Tensor, upsample: int) -> Tensor:
+        if upsample != 1:
+            x = F.interpolate(x, scale_factor=float(upsample), mode="nearest")
+        shortcut = self.conv_s(self.norm_s(x, segmap)) if self.learned_shortcut else x
+        out = self.conv_0(F.leaky_relu(self.norm_0(x, segmap), SLOPE))
+        out = self.conv_1(F.leaky_relu(self.norm_1(out, segmap), SLOPE))
+        return shortcut + out
+
+
+def _add_enlarged(out: Tensor, x: Tensor, upsample: int) -> Tensor:
+    """out + x enlarged by nearest neighbour, without building the enlarged x."""
+    if upsample == 1:
+        return out.add_(x)
+    h, w = x.shape[2:]
+    cells = out.unflatten(3, (w, upsample)).unflatten(2, (h, upsample))
+    return (cells + x[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)

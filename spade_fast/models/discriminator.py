@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The multi-scale PatchGAN discriminator (paper, appendix A; from pix2pixHD)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spade_fast import ops
+from spade_fast.label_map import LabelMap
+from spade_fast.layers import SLOPE
+from spade_fast.reference import segmap_shape
+from spade_fast.spectral import SpectralConv2d
+
+
+class PatchDiscriminator(nn.Module):
+    """4×4 convolutions, stride 2 but for the last two; InstanceNorm and spectral norm but for the first and last."""
+
+    def __init__(self, input_nc: int, ndf: int, n_layers: int) -> None:
+        super().__init__()
+        self.n_layers = n_layers
+        self.model0 = nn.Sequential(nn.Conv2d(input_nc, ndf, 4, stride=2, padding=2), nn.LeakyReLU(SLOPE))
+        width = ndf
+        for i in range(1, n_layers):
+            fin, width = width, min(2 * width, 512)
+            stride = 1 if i == n_layers - 1 else 2
+            conv = SpectralConv2d(fin, width, 4, stride=stride, padding=2, bias=False)
+            layer = nn.Sequential(conv, nn.InstanceNorm2d(width))
+            self.add_module(f"model{i}", nn.Sequential(layer, nn.LeakyReLU(SLOPE)))
+        self.add_module(f"model{n_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, stride=1, padding=2)))
+
+    def first_convolution(self, labels: LabelMap | Tensor, image: Tensor, pooled: bool) -> Tensor:
+        """The first convolution of (labels ⊕ image) [M·N, ndf, h, w]: its label part, which fake and real share, is
+        computed once; of a LabelMap as a gather.
+
+        Args:
+            labels: N maps; a LabelMap of the full size, or a tensor of this scale's size.
+            image: [M·N, image_nc, H, W] of this scale's size.
+            pooled: this is the second scale: the LabelMap's one-hot is average-pooled like the image.
+        """
+        conv = self.model0[0]
+        weight, label_nc = conv.weight, segmap_shape(labels)[1]
+        image_part = F.conv2d(image, weight[:, label_nc:], None, conv.stride, conv.padding)
+        if isinstance(labels, LabelMap):
+            table = weight[:, :label_nc].permute(2, 3, 1, 0).reshape(-1, label_nc, weight.shape[0])
+            label_part = ops.label_conv(
+                labels.codes, table, conv.bias, labels.has_edges, conv.kernel_size[0], 2, conv.padding[0], pooled
+            )
+        else:
+            label_part = F.conv2d(labels, weight[:, :label_nc], conv.bias, conv.stride, conv.padding)
+        n = label_part.shape[0]
+        return (image_part.unflatten(0, (-1, n)) + label_part).flatten(0, 1)
+
+    def forward(self, labels: LabelMap | Tensor, image: Tensor, pooled: bool) -> list[Tensor]:
+        """The n_layers feature maps and, last, the prediction; arguments as in ``first_convolution``."""
+        x = self.model0[1](self.first_convolution(labels, image, pooled))
+        features = [x]
+        for i in range(1, self.n_layers + 1):
+            x = getattr(self, f"model{i}")(x)
+            features.append(x)
+        return features
+
+
+class MultiscaleDiscriminator(nn.Module):
+    """``num_d`` patch discriminators, each on input half the size of the one before (average pool 3, stride 2).
+
+    Args:
+        label_nc: channels of the segmentation map, as for the generator.
+        image_nc: channels of the image.
+        ndf: channels of the first layer.
+        n_layers: layers of each discriminator before its prediction.
+        num_d: number of scales.
+    """
+
+    def __init__(self, label_nc: int, image_nc: int = 3, ndf: int = 64, n_layers: int = 4, num_d: int = 2) -> None:
+        super().__init__()
+        self.options = dict(label_nc=label_nc, image_nc=image_nc, ndf=ndf, n_layers=n_layers, num_d=num_d)
+        for i in range(num_d):
+            self.add_module(f"discriminator_{i}", PatchDiscriminator(label_nc + image_nc, ndf, n_layers))
+
+    def forward(self, segmap, image: Tensor) -> list[list[Tensor]]:
+        """Features of every scale.
+
+        Args:
+            segmap: LabelMap or tensor [N, label_nc, H, W].
+            image: [M·N, image_nc, H, W]; sample i is conditioned on segmap i % N (fake then real: M = 2), so both go
+                through in one batch.
+
+        Returns:
+            For each scale a list of features [M·N, …], the prediction last.
+        """
+        if isinstance(segmap, Tensor):
+            segmap = segmap.to(image.dtype)
+        n, label_nc, *size = segmap_shape(segmap)
+        if label_nc != self.options["label_nc"]:
+            want = self.options["label_nc"]
+            raise ValueError(f"segmap must have {want} channels (label_nc={want}), got {label_nc}")
+        if image.ndim != 4 or image.shape[0] % n or list(image.shape[2:]) != size:
+            want = f"[M·{n}, {self.options['image_nc']}, {size[0]}, {size[1]}]"
+            raise ValueError(f"image must have shape {want} to match segmap, got {list(image.shape)}")
+        features = []
+        for i in range(self.options["num_d"]):
+            if i:
+                image = _half(image)
+                if i == 2 and isinstance(segmap, LabelMap):  # a pool of a pool is not a gather of nine codes
+                    segmap = _half(segmap.one_hot(image.dtype))
+                if isinstance(segmap, Tensor):
+                    segmap = _half(segmap)
+            features.append(getattr(self, f"discriminator_{i}")(segmap, image, pooled=i == 1))
+        return features
+
+
+def _half(x: Tensor) -> Tensor:
+    """Half the size, as each scale sees the one before."""
+    return F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image encoder of the variational autoencoder (paper, Figure 15)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spade_fast.layers import SLOPE
+from spade_fast.spectral import SpectralConv2d
+
+INPUT_SIZE = 256
+
+
+class ConvEncoder(nn.Module):
+    """Six stride-2 convolutions (ngf, 2·, 4·, 8·, 8·, 8·ngf) with InstanceNorm, and linear mean and log-variance.
+
+    Args:
+        ngf: channels of the first layer.
+        z_dim: size of the latent code.
+    """
+
+    def __init__(self, ngf: int = 64, z_dim: int = 256) -> None:
+        super().__init__()
+        self.options = dict(ngf=ngf, z_dim=z_dim)
+        widths = [3, ngf, 2 * ngf, 4 * ngf, 8 * ngf, 8 * ngf, 8 * ngf]
+        for i in range(1, 7):
+            conv = SpectralConv2d(widths[i - 1], widths[i], 3, stride=2, padding=1, bias=False)
+            self.add_module(f"layer{i}", nn.Sequential(conv, nn.InstanceNorm2d(widths[i])))
+        side = INPUT_SIZE // 2**6
+        self.fc_mu = nn.Linear(widths[-1] * side * side, z_dim)
+        self.fc_var = nn.Linear(widths[-1] * side * side, z_dim)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [N, 3, H, W] in [-1, 1] (resized to 256×256) -> (mu, logvar), each [N, z_dim]."""
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"image must have shape [N, 3, H, W], got {list(image.shape)}")
+        if image.shape[2:] != (INPUT_SIZE, INPUT_SIZE):
+            image = F.interpolate(image, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear")
+        x = self.layer1(image)
+        for i in range(2, 7):
+            x = getattr(self, f"layer{i}")(F.leaky_relu(x, SLOPE))
+        x = F.leaky_relu(x, SLOPE).flatten(1)
+        return self.fc_mu(x), self.fc_var(x)
+
+
+def reparameterize(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Sample z ~ N(mu, exp(logvar)), differentiably: [N, z_dim]."""
+    noise = torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
+    return mu + noise * torch.exp(0.5 * logvar)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SPADE generator (paper, section 3 and Figure 14)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spade_fast import ops
+from spade_fast.label_map import LabelMap
+from spade_fast.layers import SLOPE, SPADEResnetBlock, recognise
+from spade_fast.reference import as_segmap, segmap_shape
+from spade_fast.spectral import SpectralConv2d
+
+# Doublings from the first feature map to the image, by the option's name.
+UPSAMPLING_LAYERS = {"normal": 5, "more": 6, "most": 7}
+
+
+def start_size(crop_size: int, aspect_ratio: float, num_upsampling_layers: str) -> tuple[int, int]:
+    """(height, width) of the generator's first feature map; aspect_ratio is width / height.
+
+    Raises:
+        ValueError: an unknown num_upsampling_layers, or a crop_size its doublings do not divide.
+    """
+    if num_upsampling_layers not in UPSAMPLING_LAYERS:
+        names = ", ".join(UPSAMPLING_LAYERS)
+        raise ValueError(f"num_upsampling_layers must be one of {names}, got {num_upsampling_layers!r}")
+    scale = 2 ** UPSAMPLING_LAYERS[num_upsampling_layers]
+    if crop_size < scale or crop_size % scale:
+        raise ValueError(
+            f"crop_size must be a multiple of {scale} with num_upsampling_layers={num_upsampling_layers!r}, "
+            f"got {crop_size}"
+        )
+    if aspect_ratio <= 0:
+        raise ValueError(f"aspect_ratio must be positive, got {aspect_ratio}")
+    width = crop_size // scale
+    return max(1, round(width / aspect_ratio)), width
+
+
+class SPADEGenerator(nn.Module):
+    """Generator: a latent code (or the downsampled map) through SPADE residual blocks with nearest ×2 in between.
+
+    Args:
+        label_nc: every input channel of the map: classes, + 1 for unknown, + 1 for instance edges (COCO-Stuff: 184).
+        ngf: width; the first blocks have 16·ngf channels, the last ngf (``most``: ngf/2).
+        crop_size: width of the image.
+        aspect_ratio: width / height of the image.
+        num_upsampling_layers: ``normal`` (5 doublings), ``more`` (6) or ``most`` (7, with one more block).
+        z_dim: size of the latent code; None starts from the map, downsampled by nearest neighbour.
+        norm, kernel_size: see :class:`spade_fast.reference.SPADE`.
+        spade: ``fused`` (patterns of labels, channels-last memory) or ``reference`` (the plain layers): the same
+            function and the same parameter names.
+
+    Raises:
+        ValueError: an option out of range, named.
+    """
+
+    def __init__(
+        self,
+        label_nc: int,
+        ngf: int = 64,
+        crop_size: int = 256,
+        aspect_ratio: float = 1.0,
+        num_upsampling_layers: str = "normal",
+        z_dim: int | None = None,
+        norm: str = "syncbatch",
+        kernel_size: int = 3,
+        spade: str = "fused",
+    ) -> None:
+        super().__init__()
+        self.fused = spade == "fused"
+        self.options = dict(
+            label_nc=label_nc,
+            ngf=ngf,
+            crop_size=crop_size,
+            aspect_ratio=aspect_ratio,
+            num_upsampling_layers=num_upsampling_layers,
+            z_dim=z_dim,
+            norm=norm,
+            kernel_size=kernel_size,
+        )
+        self.start = start_size(crop_size, aspect_ratio, num_upsampling_layers)
+        self.z_dim = z_dim
+
+        def block(fin: int, fout: int) -> SPADEResnetBlock:
+            return SPADEResnetBlock(fin, fout, label_nc, norm, kernel_size, spade)
+
+        if z_dim is None:
+            self.fc = nn.Conv2d(label_nc, 16 * ngf, 3, padding=1)
+        else:
+            self.fc = nn.Linear(z_dim, 16 * ngf * self.start[0] * self.start[1])
+        self.head_0 = block(16 * ngf, 16 * ngf)
+        self.G_middle_0 = block(16 * ngf, 16 * ngf)
+        self.G_middle_1 = block(16 * ngf, 16 * ngf)
+        self.up_0 = block(16 * ngf, 8 * ngf)
+        self.up_1 = block(8 * ngf, 4 * ngf)
+        self.up_2 = block(4 * ngf, 2 * ngf)
+        self.up_3 = block(2 * ngf, ngf)
+        if num_upsampling_layers == "most":
+            self.up_4 = block(ngf, ngf // 2)
+        self.conv_img = nn.Conv2d(ngf // 2 if num_upsampling_layers == "most" else ngf, 3, 3, padding=1)
+        if self.fused:
+            for module in self.modules():
+                if isinstance(module, SpectralConv2d):
+                    weight = module.weight_orig
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            if z_dim is None:  # the memory order in which label_conv's table is a view
+                self.fc.weight.data = self.fc.weight.data.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """(height, width) of the image."""
+        scale = 2 ** UPSAMPLING_LAYERS[self.options["num_upsampling_layers"]]
+        return self.start[0] * scale, self.start[1] * scale
+
+    def blocks(self) -> list[tuple[SPADEResnetBlock, int]]:
+        """The residual blocks in order, each with the factor its input is enlarged by."""
+        middle = 1 if self.options["num_upsampling_layers"] == "normal" else 2
+        blocks = [(self.head_0, 1), (self.G_middle_0, 2), (self.G_middle_1, middle)]
+        blocks += [(self.up_0, 2), (self.up_1, 2), (self.up_2, 2), (self.up_3, 2)]
+        return [*blocks, (self.up_4, 2)] if self.options["num_upsampling_layers"] == "most" else blocks
+
+    def _first_features(self, labels: LabelMap | Tensor, z: Tensor | None) -> Tensor:
+        weight, n = self.fc.weight, segmap_shape(labels)[0]
+        if self.z_dim is None:
+            if z is not None:
+                raise ValueError("z was given, but this generator starts from the segmentation map (z_dim=None)")
+            if isinstance(labels, Tensor):
+                return self.fc(F.interpolate(labels, size=self.start, mode="nearest"))
+            table = weight.permute(2, 3, 1, 0).reshape(9, *weight.shape[1::-1])
+            return ops.label_conv(labels.resized(*self.start), table, self.fc.bias, labels.has_edges, 3, padding=1)
+        if z is None:
+            z = torch.randn(n, self.z_dim, dtype=weight.dtype, device=weight.device)
+        if z.shape != (n, self.z_dim):
+            raise ValueError(f"z must have shape [{n}, {self.z_dim}], got {list(z.shape)}")
+        x = self.fc(z).unflatten(1, (-1, *self.start))
+        return x.contiguous(memory_format=torch.channels_last) if self.fused else x
+
+    def forward(self, segmap, z: Tensor | None = None) -> Tensor:
+        """Synthesize images.
+
+        Args:
+            segmap: :class:`spade_fast.LabelMap` or [N, label_nc, h, w] tensor; layers resize it (nearest).
+            z: latent codes [N, z_dim]; drawn from N(0, 1) when None and the generator has a z_dim.
+
+        Returns:
+            Images [N, 3, H, W] in [-1, 1].
+        """
+        shape, want = segmap_shape(segmap), self.options["label_nc"]
+        if len(shape) != 4 or shape[1] != want:
+            raise ValueError(f"segmap must have shape [N, {want}, h, w] (label_nc={want}), got {list(shape)}")
+        labels = recognise(segmap) if self.fused else segmap
+        if not self.fused or isinstance(labels, Tensor):
+            labels = as_segmap(labels, self.conv_img.weight.dtype)
+        x = self._first_features(labels, z)
+        for block, upsample in self.blocks():
+            x = block(x, labels, upsample)
+        return torch.tanh(self.conv_img(F.leaky_relu(x, SLOPE, inplace=True)))

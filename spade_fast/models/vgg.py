@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VGG19 features for the perceptual loss, loading weights in torchvision's format without torchvision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # the name carries the start of its SHA-256
+# (index in torchvision's `features`, channels) of every convolution up to relu5_1; a pool precedes each new group.
+GROUPS = (
+    ((0, 64), (2, 64)),
+    ((5, 128), (7, 128)),
+    ((10, 256), (12, 256), (14, 256), (16, 256)),
+    ((19, 512), (21, 512), (23, 512), (25, 512)),
+    ((28, 512),),
+)
+
+
+class VGGWeightsError(RuntimeError):
+    """VGG19 weights are neither in a file nor downloadable."""
+
+
+class VGG19Features(nn.Module):
+    """VGG19 up to relu5_1; parameters are named ``features.N.weight`` as in torchvision and never trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.ModuleDict()
+        fin = 3
+        for group in GROUPS:
+            for index, channels in group:
+                self.features[str(index)] = nn.Conv2d(fin, channels, 3, padding=1)
+                fin = channels
+        self.requires_grad_(False)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Images [N, 3, H, W], H and W at least 16 -> relu1_1, relu2_1, relu3_1, relu4_1, relu5_1.
+
+        Images go in as they are, in [-1, 1]: the authors train with features of unnormalised input, and the loss
+        weights belong to that.
+        """
+        x, outputs = image, []
+        for g, group in enumerate(GROUPS):
+            if g:
+                x = F.max_pool2d(x, 2)
+            for i, (index, _) in enumerate(group):
+                x = F.relu(self.features[str(index)](x))
+                if i == 0:
+                    outputs.append(x)
+        return outputs
+
+
+def load_vgg19(path: str | Path | None = None) -> VGG19Features:
+    """VGG19 features with ImageNet weights.
+
+    Args:
+        path: a file in torchvision's format; None downloads it with torch.hub, which checks the hash.
+
+    Raises:
+        VGGWeightsError: no weights could be had; the message names the ways to go on.
+    """
+    ways = (
+        f"Give a file in torchvision's format (vgg19-dcbb9e9d.pth) with --vgg-weights FILE, or let {URL} "
+        "be downloaded, or train without the perceptual loss: --lambda-vgg 0."
+    )
+    try:
+        if path is None:
+            state = torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the ways on are the same whatever went wrong: network, hash, file, format
+        source = "downloaded" if path is None else f"read from {path}"
+        reason = f"{type(error).__name__}: {error}"
+        raise VGGWeightsError(f"VGG19 weights could not be {source} ({reason}). {ways}") from error
+    net = VGG19Features()
+    wanted = net.state_dict()
+    missing = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
+    if missing:
+        raise VGGWeightsError(f"{path or URL} is not torchvision's VGG19: {missing[0]} is missing or misshapen. {ways}")
+    net.load_state_dict({name: state[name] for name in wanted})
+    return net.eval()

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run shows: a progress bar, stats.jsonl, and TensorBoard events where it is installed."""
+
+from __future__ import annotations
+
+import json
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spade_fast.trainer import Trainer
+
+
+def import_tqdm():
+    """tqdm. Raises MissingExtraError naming the extra that has it."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise MissingExtraError("the progress bar needs tqdm: pip install 'spade-fast[train]'") from None
+    return tqdm
+
+
+class MissingExtraError(RuntimeError):
+    """A package of an optional extra is not installed."""
+
+
+class Monitor:
+    """Progress bar (losses, images/s, time left), stats.jsonl and TensorBoard of a run, while entered."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.tensorboard = self._tensorboard() if trainer.config.tensorboard else None
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def _tensorboard(self):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:  # tensorboard is optional
+            return None
+        return SummaryWriter(self.trainer.directory.path / "tensorboard", purge_step=self.trainer.step + 1)
+
+    def __enter__(self) -> Monitor:
+        t = self.trainer
+        self.bar = import_tqdm()(total=t.total_steps, initial=t.step, unit="step", dynamic_ncols=True, mininterval=0.5)
+        self.started = self.since = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        self.bar.write(text)
+
+    def step(self, terms: dict[str, float]) -> None:
+        """Counts a finished step; every log_every steps writes the means of the losses since the last line."""
+        t = self.trainer
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        self.bar.update()
+        if t.step % t.config.log_every and t.step != t.total_steps:
+            return
+        now = time.monotonic()
+        means = {name: value / self.count for name, value in self.sums.items()}
+        speed = self.count * t.config.batch_size / max(now - self.since, 1e-9)
+        lrs = {f"lr_{name}": o.param_groups[0]["lr"] for name, o in t.optimizers.items()}
+        record = {"step": t.step, "epoch": t.epoch, "seconds": round(now - self.started, 3)}
+        record |= {"images_per_second": round(speed, 3), **lrs, **means}
+        with open(t.directory.stats, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in means.items()) + f", {speed:.3g} images/s")
+        if self.tensorboard is not None:
+            for name, value in {**means, **lrs, "images_per_second": speed}.items():
+                self.tensorboard.add_scalar(name, value, t.step)
+        self.sums, self.count, self.since = {}, 0, now

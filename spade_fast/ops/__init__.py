@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operations of the label-pattern algorithm, registered as torch.ops.spade_fast.*; one file each."""
+
+from spade_fast.ops import backend
+from spade_fast.ops.embedding_sum import embedding_sum
+from spade_fast.ops.label_conv import label_conv
+from spade_fast.ops.modulation import modulation
+from spade_fast.ops.pattern_params import pattern_params, tap_segments
+from spade_fast.ops.patterns import patterns, segments
+from spade_fast.ops.statistics import statistics
+
+__all__ = [
+    "backend",
+    "embedding_sum",
+    "label_conv",
+    "modulation",
+    "pattern_params",
+    "patterns",
+    "segments",
+    "statistics",
+    "tap_segments",
+]

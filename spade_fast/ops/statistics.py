@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""statistics: mean and summed squared deviation of each channel, over the batch or of each sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spade_fast.ops import library
+
+
+def statistics_torch(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+    n, c, h, w = x.shape
+    acc = library.accumulation_dtype(x.dtype)
+    count = h * w if per_sample else n * h * w
+    groups = n if per_sample else 1
+    if count == 0 or groups * c == 0:
+        zeros = torch.zeros(groups, c, dtype=acc, device=x.device)
+        return zeros, zeros.clone()
+    if library.memory_format(x) == torch.contiguous_format:
+        x = x.contiguous()
+        if per_sample:  # every (sample, channel) is a plane of its own
+            mean, var = _mean_var(x.view(1, n * c, h, w), acc)
+            return mean.view(n, c), var.view(n, c) * count
+        mean, var = _mean_var(x, acc)
+        return mean[None], (var * count)[None]
+    if per_sample:
+        pairs = [_mean_var(sample, acc) for sample in x.contiguous(memory_format=torch.channels_last).split(1)]
+        return torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs]) * count
+    mean, var = _mean_var(x.contiguous(memory_format=torch.channels_last), acc)
+    return mean[None], (var * count)[None]
+
+
+def _mean_var(x: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] of x [N, C, H, W], in two passes (CPU) or by Welford's method (CUDA)."""
+    if x.device.type == "cpu":
+        return torch.batch_norm_update_stats(x.to(acc), None, None, 0.0)
+    var, mean = torch.var_mean(x.to(acc), dim=(0, 2, 3), correction=0)
+    return mean, var
+
+
+def _statistics_fake(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0] if per_sample else 1, x.shape[1])
+    acc = library.accumulation_dtype(x.dtype)
+    return x.new_empty(shape, dtype=acc), x.new_empty(shape, dtype=acc)
+
+
+_statistics = library.register(
+    "statistics(Tensor x, bool per_sample) -> (Tensor, Tensor)", statistics_torch, _statistics_fake
+)
+library.register_first_order_only("statistics", of="statistics")
+
+
+def statistics(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """Mean and M2 = sum of squared deviations from it, per channel of x [N, C, H, W]: two [G, C] tensors, fp32
+    (float64 for float64 x), G = N if per_sample, else 1. Not by E[x²] - E[x]², so a large mean costs no digits.
+
+    Not differentiable: `modulation(..., stats=True)` accounts for the dependence on x. Zeros without elements.
+    """
+    return _statistics(x.detach(), per_sample)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plain-PyTorch SPADE layer: the definition of correct that every faster path is held against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORMS = ("syncbatch", "batch", "instance", "none")
+KERNEL_SIZES = (1, 3, 5)
+
+
+def check_layer_options(norm: str, kernel_size: int, **sizes: int) -> None:
+    """Raise ValueError naming the option of a SPADE layer that is out of range."""
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if kernel_size not in KERNEL_SIZES:
+        raise ValueError(f"kernel_size must be one of {KERNEL_SIZES}, got {kernel_size!r}")
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value!r}")
+
+
+def param_free_norm(norm: str, num_features: int) -> nn.Module:
+    """The normalisation of a SPADE layer, without learned affine parameters (eps 1e-5).
+
+    ``syncbatch`` is batch normalisation; across processes convert the network with
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
+    """
+    if norm in ("syncbatch", "batch"):
+        return nn.BatchNorm2d(num_features, affine=False)
+    if norm == "instance":
+        return nn.InstanceNorm2d(num_features, affine=False)
+    return nn.Identity()
+
+
+class SPADE(nn.Module):
+    """Spatially-adaptive normalisation, written out plainly (Park et al., CVPR 2019, section 3, equation 1).
+
+    ``out = norm(x) * (1 + gamma(segmap)) + beta(segmap)``, where ``segmap`` is nearest-resized to the size of ``x``,
+    and gamma and beta are two convolutions over a shared ``relu(convolution(segmap))``.
+
+    Args:
+        norm_nc: channels of the activation.
+        label_nc: channels of the segmentation map (classes, plus one if instance edges are used).
+        norm: ``syncbatch``, ``batch``, ``instance`` or ``none``.
+        kernel_size: 1, 3 or 5, for all three convolutions.
+        hidden_nc: channels of the shared hidden layer.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    def __init__(
+        self, norm_nc: int, label_nc: int, norm: str = "syncbatch", kernel_size: int = 3, hidden_nc: int = 128
+    ) -> None:
+        super().__init__()
+        check_layer_options(norm, kernel_size, norm_nc=norm_nc, label_nc=label_nc, hidden_nc=hidden_nc)
+        padding = kernel_size // 2
+        self.param_free_norm = param_free_norm(norm, norm_nc)
+        self.mlp_shared = nn.Sequential(nn.Conv2d(label_nc, hidden_nc, kernel_size, padding=padding), nn.ReLU())
+        self.mlp_gamma = nn.Conv2d(hidden_nc, norm_nc, kernel_size, padding=padding)
+        self.mlp_beta = nn.Conv2d(hidden_nc, norm_nc, kernel_size, padding=padding)
+
+    def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
+        """Normalise and modulate.
+
+        Args:
+            x: activation [N, norm_nc, H, W].
+            segmap: one-hot (or any dense) map [N, label_nc, h, w]; resized to H×W by nearest neighbour.
+
+        Returns:
+            [N, norm_nc, H, W].
+        """
+        segmap = F.interpolate(segmap, size=x.shape[2:], mode="nearest")
+        hidden = self.mlp_shared(segmap)
+        return self.param_free_norm(x) * (1 + self.mlp_gamma(hidden)) + self.mlp_beta(hidden)
+
+
+def segmap_shape(segmap) -> tuple[int, ...]:
+    """[N, label_nc, h, w] of a LabelMap or of a dense tensor."""
+    return tuple(segmap.shape) if isinstance(segmap, Tensor) else (len(segmap), segmap.label_nc, *segmap.size)
+
+
+def as_segmap(segmap, dtype: torch.dtype) -> Tensor:
+    """A dense [N, label_nc, h, w] map from a LabelMap or a tensor."""
+    return segmap.to(dtype) if isinstance(segmap, Tensor) else segmap.one_hot(dtype)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m spade_fast.train`: train a SPADE generator. Options: `spade_fast.config`; loop: `spade_fast.trainer`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from spade_fast import config as cfg
+from spade_fast.checkpoint import CheckpointError
+from spade_fast.data import DataError
+from spade_fast.models import VGGWeightsError
+from spade_fast.monitor import MissingExtraError
+from spade_fast.plan import describe
+from spade_fast.run_directory import RunDirectory, RunDirectoryError
+from spade_fast.trainer import NonFiniteError, Trainer
+
+USER_ERRORS = (cfg.ConfigError, DataError, RunDirectoryError, VGGWeightsError, MissingExtraError, CheckpointError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 finished or stopped by SIGTERM or time limit, 130 Ctrl-C, 2 non-finite loss, 1 other errors."""
+    parser = argparse.ArgumentParser(prog="python -m spade_fast.train", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="JSON file of options, as a run's config.json")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the whole plan and exit")
+    cfg.add_arguments(parser)
+    args, given = cfg.parse(parser, argv)
+    trainer = None
+    try:
+        if args.resume and args.config:
+            raise cfg.ConfigError("--resume and --config exclude each other: a run resumes with its own config.json")
+        file = cfg.read_file(args.config) if args.config else {}
+        if args.resume:
+            run = RunDirectory(given.get("out", cfg.TrainConfig.out))
+            run.require_run()
+            file = {**cfg.read_file(run.config), "out": str(run.path)}
+        config = cfg.resolve(cfg.merge(file, given))
+        if args.dry_run:
+            print(describe(config))
+            return 0
+        trainer = Trainer(config, resume=args.resume)
+        reason = trainer.train()
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        if trainer is not None and trainer.last_checkpoint is not None:
+            print(f"Saved {trainer.last_checkpoint}; --resume continues from there.", file=sys.stderr)
+        return 1
+    done = f"step {trainer.step} of {trainer.total_steps}, saved {trainer.last_checkpoint}"
+    print(
+        f"Finished: {done}" if reason == "finished" else f"Stopped ({reason}): {done}; --resume continues from there."
+    )
+    return 130 if reason == "SIGINT" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

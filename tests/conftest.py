@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by the tests of operations and layers."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+with contextlib.suppress(ImportError):  # before anything imports triton: its kernels run on CPU tensors from here on
+    import triton_interpreter  # noqa: F401
+
+from spade_fast.ops import backend as backends
+
+
+@pytest.fixture(params=backends.NAMES)
+def backend(request):
+    """Runs the test once on every backend that works on CPU tensors here."""
+    reason = backends.why_not(request.param, "cpu")
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    with backends.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def strict_memory():
+    """torch.empty gives NaN (the largest integer), so that an element nobody writes shows; and torch raises an error
+    for an operation that is not deterministic."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

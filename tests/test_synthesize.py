@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The synthesis command: which files it writes, what is in them, and what it says when checkpoint and data differ."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spade_fast import LabelMap, models
+from spade_fast.checkpoint import FORMAT
+from spade_fast.pictures import to_uint8
+from spade_fast.synthesize import choose_z, draw_z, main, unique_name
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder of three 32×32 label maps of 3 classes with photos, and checkpoints without and with z and encoder."""
+    root = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    for kind in ("label", "img"):
+        (root / kind).mkdir()
+    for name in ("a", "b", "c"):
+        Image.fromarray(rng.integers(0, 3, (32, 32)).astype(np.uint8)).save(root / f"label/{name}.png")
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(root / f"img/{name}.png")
+    torch.manual_seed(0)
+    options = {"label_nc": 3, "ngf": 4, "crop_size": 32}
+    for name, z_dim in (("plain", None), ("vae", 6)):
+        generator = models.SPADEGenerator(**options, z_dim=z_dim)
+        models.init_weights(generator, gain=1.0)  # strong enough for images to differ visibly
+        generator.eval()
+        state = {"format": FORMAT, "generator": entry(generator)}
+        if z_dim:
+            encoder = models.ConvEncoder(ngf=4, z_dim=z_dim)
+            models.init_weights(encoder, gain=1.0)
+            state["encoder"] = entry(encoder)
+        torch.save(state, root / f"{name}.pt")
+    return root
+
+
+def entry(net):
+    return {"options": net.options, "state_dict": net.state_dict()}
+
+
+def run(files, out, checkpoint, *options, code=0):
+    argv = ["--checkpoint", str(files / f"{checkpoint}.pt"), "--out", str(out), "--label-dir", str(files / "label")]
+    assert main([*argv, "--num-classes", "3", *options]) == code
+    return {p.name: np.asarray(Image.open(p)) for p in out.glob("*.png")} if out.exists() else {}
+
+
+def test_an_image_a_map_named_after_it_is_the_generators(files, tmp_path):
+    made = run(files, tmp_path / "out", "plain", "--image-dir", str(files / "img"))
+    assert set(made) == {"a.png", "b.png", "c.png", "contact_sheet.png"}
+    state = torch.load(files / "plain.pt", weights_only=True)["generator"]
+    generator = models.SPADEGenerator(**state["options"])
+    generator.load_state_dict(state["state_dict"])
+    for name in "abc":
+        ids = torch.from_numpy(np.array(Image.open(files / f"label/{name}.png"))).long()[None]
+        with torch.no_grad():
+            expected = to_uint8(generator.eval()(LabelMap(ids, 3))[0])
+        # one grey level: a value next to a rounding boundary may fall on either side
+        assert np.abs(made[f"{name}.png"].astype(int) - expected).max() <= 1
+        assert expected.std() > 5
+    assert not np.array_equal(made["a.png"], made["b.png"])
+
+
+def enlarged(cell):
+    return cell.repeat(5, axis=0).repeat(5, axis=1)  # the sheet shows small cells 5 times as large
+
+
+def contains(sheet, cell):
+    cell = enlarged(cell)
+    height, width = cell.shape[:2]
+    starts = np.argwhere((sheet == cell[0, 0]).all(-1))
+    return any(np.array_equal(sheet[y : y + height, x : x + width], cell) for y, x in starts)
+
+
+def test_the_contact_sheet_shows_every_result_and_the_photos_only_when_given(files, tmp_path):
+    with_photos = run(files, tmp_path / "a", "plain", "--image-dir", str(files / "img"))
+    without = run(files, tmp_path / "b", "plain")
+    for name in "abc":
+        photo = np.asarray(Image.open(files / f"img/{name}.png"))
+        assert contains(with_photos["contact_sheet.png"], with_photos[f"{name}.png"])
+        assert contains(with_photos["contact_sheet.png"], photo)
+        assert contains(without["contact_sheet.png"], without[f"{name}.png"])
+        assert not contains(without["contact_sheet.png"], photo)
+
+
+def test_several_samples_differ_and_the_seed_brings_them_back(files, tmp_path):
+    first = run(files, tmp_path / "a", "vae", "--samples", "3", "--seed", "5")
+    again = run(files, tmp_path / "b", "vae", "--samples", "3", "--seed", "5")
+    other = run(files, tmp_path / "c", "vae", "--samples", "3", "--seed", "6")
+    assert set(first) == {f"{m}_{k}.png" for m in "abc" for k in range(3)} | {"contact_sheet.png"}
+    for name, image in first.items():
+        assert np.array_equal(image, again[name]), name
+        assert not np.array_equal(image, other[name]), name
+    images = [first[f"a_{k}.png"].tobytes() for k in range(3)]
+    assert len(set(images)) == 3
+
+
+def test_z_depends_on_seed_and_map_and_is_standard_normal():
+    assert torch.equal(draw_z(2, 5, 0, "a"), draw_z(2, 5, 0, "a"))
+    assert torch.equal(draw_z(1, 5, 0, "a")[0], draw_z(2, 5, 0, "a")[0])  # asking for more keeps the first
+    for seed, name in ((1, "a"), (0, "b")):
+        assert not torch.equal(draw_z(2, 5, seed, name), draw_z(2, 5, 0, "a"))
+    z = draw_z(100, 100, 3, "x")  # 10,000 values: standard errors of mean and variance are 0.01 and 0.014
+    assert abs(z.mean()) < 0.05
+    assert abs(z.var() - 1) < 0.07
+
+
+def test_style_is_the_posteriors_mean_or_draws_from_it():
+    noise = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
+    style = torch.tensor([[10.0, 20.0]]), torch.tensor([[4.0, 9.0]]).log()
+    assert choose_z(2, noise, None) is noise
+    assert choose_z(1, noise[:1], style).tolist() == [[10.0, 20.0]]
+    assert torch.allclose(choose_z(2, noise, style), torch.tensor([[12.0, 14.0], [11.0, 20.0]]))
+
+
+def test_the_style_of_a_photo_changes_the_images(files, tmp_path):
+    dark, light = (np.full((40, 40, 3), v, np.uint8) for v in (10, 240))
+    dark[::2], light[:, ::3] = 90, 130  # instance norm sees structure, not a constant
+    for name, photo in (("dark", dark), ("light", light)):
+        Image.fromarray(photo).save(tmp_path / f"{name}.png")
+    a = run(files, tmp_path / "a", "vae", "--style-image", str(tmp_path / "dark.png"))
+    b = run(files, tmp_path / "b", "vae", "--style-image", str(tmp_path / "light.png"))
+    c = run(files, tmp_path / "c", "vae", "--style-image", str(tmp_path / "dark.png"), "--seed", "9")
+    assert not np.array_equal(a["a.png"], b["a.png"])
+    assert np.array_equal(a["a.png"], c["a.png"])  # the mean: no seed in it
+
+
+def test_what_a_checkpoint_lacks_is_said(files, tmp_path, capsys):
+    run(files, tmp_path / "out", "plain", "--samples", "2", code=1)
+    assert "--samples 2: the generator" in capsys.readouterr().err
+    run(files, tmp_path / "out", "plain", "--style-image", "x.png", code=1)
+    assert "--style-image: the generator" in capsys.readouterr().err
+    run(files, tmp_path / "out", "vae", "--style-image", "x.png", "--encoder-checkpoint", "nowhere.pt", code=1)
+    assert "nowhere.pt" in capsys.readouterr().err
+    run(files, tmp_path / "out", "vae", "--style-image", "x.png", code=1)
+    assert "x.png: cannot read this image" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_that_differ_from_the_checkpoints_name_both(files, tmp_path, capsys):
+    argv = ["--checkpoint", str(files / "plain.pt"), "--out", str(tmp_path / "out")]
+    assert main([*argv, "--label-dir", str(files / "label"), "--num-classes", "5"]) == 1
+    error = capsys.readouterr().err
+    assert "the dataset folder has 5 channels (5 classes and no instance edges)" in error
+    assert "was trained with 3 (label_nc)" in error
+    assert main([*argv, "--dataset", "synthetic"]) == 1
+    assert "+ 1 instance-edge channel" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_source_or_checkpoint_is_named(files, tmp_path, capsys):
+    assert main(["--checkpoint", str(files / "plain.pt"), "--out", str(tmp_path / "o")]) == 1
+    assert "--dataset with --dataroot, or --label-dir" in capsys.readouterr().err
+    assert main(["--checkpoint", str(tmp_path / "none"), "--out", str(tmp_path / "o")]) == 1
+    assert "no checkpoint at" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", "x", "--out", "y", "--sampels", "2"])
+    assert "unknown option --sampels; did you mean --samples" in capsys.readouterr().err
+
+
+def test_a_bare_state_dict_needs_only_what_its_tensors_do_not_tell(files, tmp_path, capsys):
+    torch.save(torch.load(files / "plain.pt", weights_only=True)["generator"]["state_dict"], tmp_path / "net_G.pth")
+    argv = ["--checkpoint", str(tmp_path / "net_G.pth"), "--label-dir", str(files / "label"), "--num-classes", "3"]
+    assert main([*argv, "--out", str(tmp_path / "bare")]) == 1
+    assert "crop_size" in capsys.readouterr().err
+    told = ["--crop-size", "32", "--num-upsampling-layers", "normal"]
+    assert main([*argv, *told, "--out", str(tmp_path / "bare")]) == 0
+    expected = run(files, tmp_path / "own", "plain")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "bare/b.png")), expected["b.png"])
+
+
+def test_a_run_remembers_its_data(tmp_path, capsys):
+    from spade_fast.train import main as train
+
+    options = (
+        "--dataset synthetic --crop-size 32 --ngf 4 --ndf 4 --batch-size 2 --synthetic-size 4 --steps 1 --workers 0"
+    )
+    run_directory = str(tmp_path / "run")
+    assert train([*options.split(), "--no-use-edges", "--no-tensorboard", "--out", run_directory]) == 0
+    assert main(["--checkpoint", run_directory, "--out", str(tmp_path / "out"), "--sheet-rows", "2"]) == 0
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 64  # the validation scenes
+
+
+def test_names_that_meet_stay_apart():
+    taken = set()
+    for path, name in (("x/a.png", "a"), ("y/a.png", "y_a"), ("z/y/a.png", "a_2"), ("w/y/a.png", "a_3")):
+        assert unique_name(path, taken) == name
+        taken.add(name)
+    assert unique_name("x/contact_sheet.png", {"contact_sheet"}) == "x_contact_sheet"
