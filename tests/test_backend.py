@@ -8,16 +8,16 @@ from spade_fast.ops import backend
 
 def test_torch_is_the_default_on_a_cpu(monkeypatch):
     monkeypatch.delenv("SPADE_FAST_BACKEND", raising=False)
-    assert backend.choose(torch.device("cpu")) == "torch"
+    assert backend.choose("statistics", torch.device("cpu")) == "torch"
     assert "torch" in backend.available()
 
 
 def test_environment_variable_overrides(monkeypatch):
     monkeypatch.setattr(backend, "why_not", lambda name, device="cpu": None)
     monkeypatch.setenv("SPADE_FAST_BACKEND", "triton")
-    assert backend.choose(torch.device("cpu")) == "triton"
+    assert backend.choose("statistics", torch.device("cpu")) == "triton"
     with backend.use("torch"):  # the nearer choice wins
-        assert backend.choose(torch.device("cpu")) == "torch"
+        assert backend.choose("statistics", torch.device("cpu")) == "torch"
 
 
 def test_impossible_choice_says_what_there_is(monkeypatch):
@@ -26,7 +26,9 @@ def test_impossible_choice_says_what_there_is(monkeypatch):
     with backend.use("triton"), pytest.raises(RuntimeError, match=r"'triton' can not run on cpu.*torch: available"):
         ops.patterns(codes, 3)
     monkeypatch.setenv("SPADE_FAST_BACKEND", "fortran")
-    with pytest.raises(RuntimeError, match="'fortran' can not run on cpu tensors: unknown; known are torch, triton"):
+    with pytest.raises(
+        RuntimeError, match="'fortran' can not run on cpu tensors: unknown; known are torch, cpp, triton, cuda"
+    ):
         ops.patterns(codes, 3)
     with pytest.raises(RuntimeError, match="'fortran' is unknown"), backend.use("fortran"):
         pass

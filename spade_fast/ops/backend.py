@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation of the operations runs: by device, by `SPADE_FAST_BACKEND`, or inside `use(name)`.
+"""Which implementation of an operation runs: by op and device, by `SPADE_FAST_BACKEND`, or inside `use(name)`.
 
-`torch` runs everywhere. `triton` is the default for CUDA tensors, and can be forced on CPU tensors under the Triton
-interpreter (TRITON_INTERPRET=1). A choice that can not be met raises RuntimeError saying what is available and why not.
+`torch` runs everywhere. `cpp` (CPU tensors) and `cuda` (CUDA tensors) are the native extension, `triton` the Triton
+kernels: for CUDA tensors, and for CPU tensors under the Triton interpreter (TRITON_INTERPRET=1). Without an override,
+each op takes the first available backend of FASTEST. An explicit choice that can not be met raises RuntimeError saying
+what is available and why not; an op which the chosen backend does not have runs on torch.
 """
 
 from __future__ import annotations
@@ -14,8 +16,27 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-NAMES = ("torch", "triton")
+from spade_fast import native
+
+NAMES = ("torch", "cpp", "triton", "cuda")
+_NATIVE_OPS = (
+    "patterns",
+    "segments",
+    "embedding_sum",
+    "embedding_sum_backward",
+    "statistics",
+    "modulation",
+    "modulation_backward",
+)
+# Nothing is measured yet; on a GPU Triton has every op.
+FASTEST: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {}}
+DEFAULT = {"cpu": "torch", "cuda": "triton"}
 _override: list[str] = []
+
+
+def has(name: str, op: str) -> bool:
+    """Whether backend `name` has an implementation of its own for op."""
+    return op in _NATIVE_OPS if name in ("cpp", "cuda") else True
 
 
 def _import_kernels() -> object:
@@ -26,13 +47,26 @@ def why_not(name: str, device: torch.device | str = "cpu") -> str | None:
     """None when backend `name` can run on tensors of `device`, otherwise the reason it can not."""
     if name == "torch":
         return None
-    if name != "triton":
+    if name not in NAMES:
         return f"unknown; known are {', '.join(NAMES)}"
-    device = torch.device(device)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type not in ("cuda", "cpu"):
-        return f"no kernels for {device.type} tensors"
-    if device.type == "cpu" and not interpreted:
+    kind = torch.device(device).type
+    if kind not in ("cuda", "cpu"):
+        return f"no kernels for {kind} tensors"
+    if name == "triton":
+        return _why_not_triton(kind)
+    if kind != ("cpu" if name == "cpp" else "cuda"):
+        return f"it is for {'CPU' if name == 'cpp' else 'CUDA'} tensors"
+    try:
+        stamp = native.load()
+    except RuntimeError as error:
+        return str(error)
+    if name == "cuda" and not stamp["nvcc"]:
+        return f"the native extension {stamp['path']} was built without nvcc"
+    return None
+
+
+def _why_not_triton(kind: str) -> str | None:
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton runs on CPU tensors only under the interpreter (TRITON_INTERPRET=1)"
     try:
         _import_kernels()
@@ -54,19 +88,21 @@ def _check(name: str, device: torch.device | str) -> None:
     raise RuntimeError(f"spade_fast backend {name!r} can not run on {device} tensors: {reason} ({others})")
 
 
-_chosen: dict[str, str] = {}  # device type -> default backend, decided once
+_chosen: dict[tuple[str, str], str] = {}  # (device type, op) -> default backend, decided once
 
 
-def choose(device: torch.device) -> str:
-    """The backend for tensors of `device`; RuntimeError when an explicit choice can not be met."""
+def choose(op: str, device: torch.device) -> str:
+    """The backend of `op` for tensors of `device`; RuntimeError when an explicit choice can not be met."""
     asked = _override[-1] if _override else os.environ.get("SPADE_FAST_BACKEND")
     if asked:
         _check(asked, device)
-        return asked
-    if device.type not in _chosen:
-        triton = device.type == "cuda" and why_not("triton", device) is None
-        _chosen[device.type] = "triton" if triton else "torch"
-    return _chosen[device.type]
+        return asked if has(asked, op) else "torch"
+    key = (device.type, op)
+    if key not in _chosen:
+        fastest = FASTEST.get(device.type, {}).get(op)
+        wanted = [name for name in (fastest, DEFAULT.get(device.type)) if name]
+        _chosen[key] = next((name for name in wanted if why_not(name, device) is None), "torch")
+    return _chosen[key]
 
 
 @contextlib.contextmanager
@@ -82,7 +118,11 @@ def use(name: str) -> Iterator[None]:
 
 
 def implementation(op: str, torch_function: Callable, device: torch.device, module: str | None = None) -> Callable:
-    """The function of the chosen backend for `op`: torch_function, or spade_fast.kernels.<module or op>.<op>."""
-    if choose(device) == "torch":
+    """The function of the chosen backend for `op`: torch_function, spade_fast.kernels.<module or op>.<op>, or
+    torch.ops.spade_fast_native.<op>."""
+    name = choose(op, device)
+    if name == "torch":
         return torch_function
-    return getattr(importlib.import_module(f"spade_fast.kernels.{module or op}"), op)
+    if name == "triton":
+        return getattr(importlib.import_module(f"spade_fast.kernels.{module or op}"), op)
+    return getattr(torch.ops.spade_fast_native, op).default

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// The native operations' schemas: those of spade_fast/ops/*.py. Each csrc/<op>.cpp registers its CPU implementation,
+// csrc/cuda_bindings.cpp the CUDA ones.
+#include <torch/library.h>
+
+#define SPADE_FAST_MODULATION                                                                                   \
+  "Tensor x, Tensor? mean, Tensor? rstd, Tensor[] params, Tensor? ids, Tensor? order, Tensor? offsets, "        \
+  "float[] slopes, int upsample, bool stats) -> Tensor[]"
+
+TORCH_LIBRARY(spade_fast_native, m) {
+  m.def("patterns(Tensor codes, int kernel_size) -> (Tensor, Tensor, Tensor)");
+  m.def("segments(Tensor ids, int num) -> (Tensor, Tensor)");
+  m.def("embedding_sum(Tensor table, Tensor? bias, Tensor codes, bool edges, bool relu) -> Tensor");
+  m.def(
+      "embedding_sum_backward(Tensor dout, Tensor out, Tensor codes, int num_rows, bool edges, bool relu)"
+      " -> (Tensor, Tensor)");
+  m.def("statistics(Tensor x, bool per_sample) -> (Tensor, Tensor)");
+  m.def("modulation(" SPADE_FAST_MODULATION);
+  m.def("modulation_backward(Tensor[] douts, " SPADE_FAST_MODULATION);
+}
