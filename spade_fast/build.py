@@ -47,7 +47,7 @@ def find_nvcc() -> Path | None:
 
 
 def architectures(nvcc: Path) -> list[str]:
-    """nvcc's -gencode options for TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), or for the default list that this nvcc knows."""
+    """-gencode options for TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), or for those of the default list that nvcc knows."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
     if asked:
         codes = [a.removesuffix("+PTX").replace(".", "") for a in asked.split(";") if a]
