@@ -28,6 +28,7 @@ _NATIVE_OPS = (
     "modulation",
     "modulation_backward",
 )
+OPS = (*_NATIVE_OPS, "pattern_params", "pattern_params_backward", "label_conv", "label_conv_backward")
 # Nothing is measured yet; on a GPU Triton has every op.
 FASTEST: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {}}
 DEFAULT = {"cpu": "torch", "cuda": "triton"}
