@@ -26,8 +26,7 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         for cuda in (True, False):
             try:
-                parameters = native["parameters"](cuda)
-                library = native["build"](Path(self.build_temp) / ("cuda" if parameters.nvcc else "cpu"), parameters)
+                library = native["build_cached"](native["parameters"](cuda), retry=True)
             except native["BuildError"] as error:
                 print(f"spade-fast: {'CUDA and C++' if cuda else 'C++'} extension not built: {error}", file=sys.stderr)
                 continue
