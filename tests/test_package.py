@@ -110,7 +110,8 @@ def test_an_sdist_installs_without_a_compiler_and_runs_on_torch(source, bare, tm
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     sdist = source / done.stdout.split()[-1]
-    names = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
     assert {f"{sdist.name.removesuffix('.tar.gz')}/csrc/{p.name}" for p in (ROOT / "csrc").glob("*.c*")} <= set(names)
     built = pip_wheel(sdist, tmp_path, bare)
     assert built.name.endswith("-py3-none-any.whl")
