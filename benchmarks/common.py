@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -18,10 +19,19 @@ from torch import nn
 
 from spade_fast import LabelMap, __version__
 from spade_fast.data import make_dataset
+from spade_fast.ops import backend
 from spade_fast.spectral import SpectralConv2d
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = Path(os.environ.get("SPADE_FAST_SAMPLES", ROOT.parent / "shared" / "coco_stuff_sample"))
+
+
+TORCH = "fused, torch backend"  # the variant that needs no compiler, beside the fastest backend of every op
+
+
+def on_backend(variant: str) -> contextlib.AbstractContextManager:
+    """The backend that a fused variant runs on."""
+    return backend.use("torch") if variant == TORCH else contextlib.nullcontext()
 
 
 def label_maps(size: int = 256, count: int | None = None) -> tuple[list[LabelMap], str]:

@@ -3,7 +3,8 @@
 
 Baselines: the plain generator as the authors run it (NCHW), the same in channels-last memory, both compiled where the
 compiler works, and as the floor a generator whose gamma and beta are looked up by class (what CLADE costs; another
-function). Forward builds the patterns anew each time. Ratios are of medians of interleaved rounds in one run.
+function). "fused" takes the fastest backend of every op, "fused, torch backend" needs no compiler. Forward builds the
+patterns anew each time. Ratios are of medians of interleaved rounds in one run.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.class_table import ClassLabels, replace_spade
-from benchmarks.common import check, interleave, label_maps, saved_bytes, stamp, with_torch_spectral_norm, write_json
+from benchmarks.common import (
+    TORCH,
+    check,
+    interleave,
+    label_maps,
+    on_backend,
+    saved_bytes,
+    stamp,
+    with_torch_spectral_norm,
+    write_json,
+)
 from spade_fast import LabelMap
 from spade_fast.models import SPADEGenerator, init_weights
 
@@ -32,6 +43,7 @@ def build(device: str, ngf: int, crop: int) -> dict[str, nn.Module]:
         with_torch_spectral_norm(nets[name])
     nets["plain channels-last"].to(memory_format=torch.channels_last)
     replace_spade(nets["class table"])
+    nets[TORCH] = nets["fused"]
     return {name: net.to(device) for name, net in nets.items()}
 
 
@@ -45,12 +57,13 @@ def forward(nets: dict[str, nn.Module], labels: LabelMap, amp: torch.dtype | Non
         "plain NCHW": lambda: dense,
         "plain channels-last": lambda: dense_cl,
         "fused": lambda: LabelMap.from_codes(*parts),
+        TORCH: lambda: LabelMap.from_codes(*parts),
         "class table": lambda: ClassLabels.from_codes(*parts),
     }
 
     def call(name: str, net: nn.Module) -> Tensor:
         segmap = inputs[name.removeprefix("compiled ")]()
-        with torch.autocast(labels.device.type, amp, enabled=amp is not None):
+        with on_backend(name), torch.autocast(labels.device.type, amp, enabled=amp is not None):
             return net(segmap)
 
     return {name: (lambda n=name, m=net: call(n, m)) for name, net in nets.items()}
@@ -98,7 +111,9 @@ def measure(options: argparse.Namespace) -> dict:
     def backward(name: str) -> None:
         for p in nets[name].parameters():
             p.grad = None
-        calls[name]().backward(gradient)
+        out = calls[name]()
+        with on_backend(name):
+            out.backward(gradient)
 
     result["saved_bytes"] = {
         name: saved_bytes(calls[name], nets[name].parameters()) for name in ("plain NCHW", "fused")

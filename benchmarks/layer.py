@@ -4,7 +4,7 @@
 Every layer size of the COCO-Stuff generator, on real label maps and on noise. Baselines: the plain layer in NCHW and in
 channels-last memory, compiled too where asked, and as the floor gamma and beta looked up by class (what CLADE costs;
 another function). "fused, new map" finds the patterns anew each time, which a network does once for its layers of one
-resolution. Times are means over maps of medians of interleaved rounds; ratios are to the faster plain layer in eager
+resolution; "fused, torch backend" needs no compiler. Times are means over maps of medians of interleaved rounds; ratios are to the faster plain layer in eager
 mode. Output and every gradient are checked first.
 """
 
@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.class_table import ClassLabels, ClassTableSPADE
-from benchmarks.common import check, interleave, label_maps, noise_map, saved_bytes, stamp, write_json
+from benchmarks.common import (
+    TORCH,
+    check,
+    interleave,
+    label_maps,
+    noise_map,
+    on_backend,
+    saved_bytes,
+    stamp,
+    write_json,
+)
 from spade_fast import FusedSPADE, LabelMap
 from spade_fast.reference import SPADE
 
@@ -54,7 +64,7 @@ class Case:
         if options.compile:
             for name in PLAIN:
                 self.layers[f"compiled {name}"] = torch.compile(self.layers[name])
-        self.layers["fused, new map"] = self.layers["fused"]
+        self.layers["fused, new map"] = self.layers[TORCH] = self.layers["fused"]
         dtype = torch.float32 if self.amp is None else self.amp  # a block hands the layer what its convolution gave
         x = torch.randn(len(labels), channels, size, size, device=device).to(dtype)
         gradient = torch.randn_like(x)
@@ -78,7 +88,7 @@ class Case:
 
     def forward(self, name: str) -> Tensor:
         x, labels, _ = self.inputs(name)
-        with torch.no_grad(), torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
+        with on_backend(name), torch.no_grad(), torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
             return self.layers[name](x, labels)
 
     def training(self, name: str) -> list[Tensor]:
@@ -87,9 +97,10 @@ class Case:
         x = x.detach().requires_grad_()
         for p in self.layers[name].parameters():
             p.grad = None
-        with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
-            out = self.layers[name](x, labels)
-        out.backward(gradient.to(out.dtype))
+        with on_backend(name):
+            with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
+                out = self.layers[name](x, labels)
+            out.backward(gradient.to(out.dtype))
         return [out.detach(), x.grad, *(p.grad for p in self.layers[name].parameters())]
 
     def saved(self, name: str) -> int:
