@@ -148,6 +148,7 @@ def ninja_file(p: Parameters, library: Path) -> str:
         "ninja_required_version = 1.5",
         "rule cxx",
         f"  command = {p.cxx} -MMD -MF $out.d -std=c++20 -O3 -fPIC -fvisibility=hidden -fopenmp -Wall"
+        " -fno-math-errno -fno-trapping-math"  # results stay the same, branches in loops vectorise
         f" {' '.join(defines)} {include} -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
