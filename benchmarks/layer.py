@@ -4,8 +4,8 @@
 Every layer size of the COCO-Stuff generator, on real label maps and on noise. Baselines: the plain layer in NCHW and in
 channels-last memory, compiled too where asked, and as the floor gamma and beta looked up by class (what CLADE costs;
 another function). "fused, new map" finds the patterns anew each time, which a network does once for its layers of one
-resolution; "fused, torch backend" needs no compiler. Times are means over maps of medians of interleaved rounds; ratios are to the faster plain layer in eager
-mode. Output and every gradient are checked first.
+resolution; "fused, torch backend" needs no compiler. Times are means over maps of medians of interleaved rounds; ratios
+are to the faster plain layer in eager mode. Output and every gradient are checked first.
 """
 
 from __future__ import annotations
