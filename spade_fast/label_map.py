@@ -262,6 +262,8 @@ class LabelMap:
         part = LabelMap.from_codes(self.codes[start:stop], self.num_classes, self.has_edges)
         part._resized = {size: codes[start:stop] for size, codes in self._resized.items()}
         part._patterns = {key: patterns.images(start, stop) for key, patterns in self._patterns.items()}
+        for patterns in part._patterns.values():
+            _mark_dynamic(patterns)
         return part
 
     @staticmethod

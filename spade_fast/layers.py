@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from spade_fast import ops, reference
+from spade_fast import ops, reference, sync
 from spade_fast.label_map import LabelMap
 from spade_fast.patterns import Patterns
 from spade_fast.spectral import SpectralConv2d
@@ -40,6 +40,7 @@ class FusedSPADE(nn.Module):
         self.norm, self.norm_nc, self.label_nc, self.kernel_size = norm, norm_nc, label_nc, kernel_size
         padding = kernel_size // 2
         self.param_free_norm = reference.param_free_norm(norm, norm_nc)
+        self.process_group: tuple[str, int] | None = None  # see spade_fast.sync
         self.mlp_shared = nn.Sequential(nn.Conv2d(label_nc, hidden_nc, kernel_size, padding=padding), nn.ReLU())
         self.mlp_gamma = nn.Conv2d(hidden_nc, norm_nc, kernel_size, padding=padding)
         self.mlp_beta = nn.Conv2d(hidden_nc, norm_nc, kernel_size, padding=padding)
@@ -154,14 +155,17 @@ def modulate(
     statistics = _statistics(x, layers, upsample)
     recipes = [
         (functools.partial(_modulate_again, slope, upsample), [x, mean, rstd, p, ids])
-        for (mean, rstd, _), p, slope in zip(itertools.cycle(statistics), params, slopes, strict=False)
+        for (mean, rstd, *_), p, slope in zip(itertools.cycle(statistics), params, slopes, strict=False)
     ]
     if len(statistics) == 1:
-        mean, rstd, depends = statistics[0]
+        mean, rstd, depends, shared = statistics[0]
+        if shared is not None:
+            outs = ops.sync_modulation(x, mean, rstd, params, ids, order, offsets, slopes, upsample, *shared)
+            return outs, recipes
         return ops.modulation(x, mean, rstd, params, ids, order, offsets, slopes, upsample, depends), recipes
     outs = [  # running statistics are each layer's own
         ops.modulation(x, mean, rstd, [p], ids, order, offsets, [slope], upsample, depends)[0]
-        for (mean, rstd, depends), p, slope in zip(statistics, params, slopes, strict=True)
+        for (mean, rstd, depends, _), p, slope in zip(statistics, params, slopes, strict=True)
     ]
     return outs, recipes
 
@@ -193,45 +197,59 @@ def _slope(activation: float | str | None) -> float:
     raise ValueError(f'activation must be None, a negative slope or "leaky_relu", got {activation!r}')
 
 
+Shared = tuple[Tensor, tuple[str, int]]  # number of values a channel over all processes, and their group
+
+
 def _statistics(
     x: Tensor, layers: Sequence[FusedSPADE], upsample: int
-) -> list[tuple[Tensor | None, Tensor | None, bool]]:
-    """(mean, rstd, whether they depend on x): once for all layers, or for each; updates running statistics.
+) -> list[tuple[Tensor | None, Tensor | None, bool, Shared | None]]:
+    """(mean, rstd, whether they depend on x, and over which processes): once for all layers, or for each; updates
+    running statistics.
 
     Enlarging x by nearest neighbour changes neither mean nor biased variance, only the count behind the unbiased one.
     """
     norm = layers[0].param_free_norm
     if isinstance(norm, nn.Identity):
-        return [(None, None, False)]
+        return [(None, None, False, None)]
     n, _, h, w = x.shape
     if isinstance(norm, nn.InstanceNorm2d):
         if h * w * upsample**2 == 1:
             raise ValueError(f"instance norm needs more than 1 spatial element, got x of shape {list(x.shape)}")
         mean, m2 = ops.statistics(x, True)
-        return [(mean, torch.rsqrt(m2 / max(h * w, 1) + norm.eps), True)]
+        return [(mean, torch.rsqrt(m2 / max(h * w, 1) + norm.eps), True, None)]
     if not norm.training and norm.running_mean is not None:
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         norms = [layer.param_free_norm for layer in layers]
-        return [(b.running_mean[None].to(acc), torch.rsqrt(b.running_var[None].to(acc) + b.eps), False) for b in norms]
-    count = n * h * w
-    if count * upsample**2 == 1:
+        return [
+            (b.running_mean[None].to(acc), torch.rsqrt(b.running_var[None].to(acc) + b.eps), False, None) for b in norms
+        ]
+    count: int | Tensor = n * h * w
+    group = sync.group_of(layers[0].norm, layers[0].process_group) if norm.training else None
+    if group is None and count * upsample**2 == 1:
         raise ValueError(f"batch norm needs more than 1 value per channel when training, got x of {list(x.shape)}")
     mean, m2 = ops.statistics(x, False)
-    variance = m2 / max(count, 1)
+    shared = None
+    if group is not None:
+        mean, m2, count = ops.combine_statistics(mean, m2, count, group)
+        shared = (count, group)
+    variance = m2 / (max(count, 1) if group is None else count.clamp(min=1))
     for layer in layers:
         _update_running(layer.param_free_norm, mean[0], variance[0], count * upsample**2)
-    return [(mean, torch.rsqrt(variance + norm.eps), True)]
+    return [(mean, torch.rsqrt(variance + norm.eps), True, shared)]
 
 
-def _update_running(norm: nn.Module, mean: Tensor, variance: Tensor, count: int) -> None:
-    """As BatchNorm2d does: momentum, unbiased variance, num_batches_tracked."""
+def _update_running(norm: nn.Module, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
+    """As BatchNorm2d does: momentum, unbiased variance, num_batches_tracked. count: a tensor over several processes."""
     if not norm.training or norm.running_mean is None:
         return
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
-        if count == 0:
+        if isinstance(count, Tensor):
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+        elif count == 0:
             return
-        unbiased = variance * (count / max(count - 1, 1))
+        else:
+            unbiased = variance * (count / max(count - 1, 1))
         momentum = norm.momentum
         if momentum is None:  # cumulative average
             momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)

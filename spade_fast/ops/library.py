@@ -37,6 +37,16 @@ def register(
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def register_composed(schema: str, function: Callable, fake: Callable) -> Callable:
+    """Defines an op which is made of others, the same for every backend, but has a gradient of its own."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, function, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
 def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
 

@@ -341,7 +341,7 @@ def _empty_gradient(params: Tensor) -> Tensor:
     return torch.empty_like(params, memory_format=torch.channels_last if params.dim() == 4 else torch.contiguous_format)
 
 
-def _modulation_fake(x, mean, rstd, params, ids, order, offsets, slopes, upsample, stats):
+def modulation_fake(x, mean, rstd, params, ids, order, offsets, slopes, upsample, stats):
     return [_empty_output(x, upsample) for _ in params]
 
 
@@ -354,8 +354,8 @@ _ARGUMENTS = (
     "Tensor x, Tensor? mean, Tensor? rstd, Tensor[] params, Tensor? ids, Tensor? order, Tensor? offsets,"
     " float[] slopes, int upsample, bool stats"
 )
-_modulation = library.register(f"modulation({_ARGUMENTS}) -> Tensor[]", modulation_torch, _modulation_fake)
-_modulation_backward = library.register(
+modulation_op = library.register(f"modulation({_ARGUMENTS}) -> Tensor[]", modulation_torch, modulation_fake)
+modulation_backward_op = library.register(
     f"modulation_backward(Tensor[] douts, {_ARGUMENTS}) -> Tensor[]",
     modulation_backward_torch,
     _modulation_backward_fake,
@@ -374,7 +374,7 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, douts: list[Tensor | None]) -> tuple:
     x, mean, rstd, ids, order, offsets, *params = ctx.saved_tensors
     douts = [x.new_zeros(ctx.shape) if d is None else d for d in douts]
-    dx, *dparams = _modulation_backward(
+    dx, *dparams = modulation_backward_op(
         douts, x, mean, rstd, params, ids, order, offsets, ctx.slopes, ctx.upsample, ctx.stats
     )
     return dx, None, None, dparams, None, None, None, None, None, None
@@ -406,6 +406,12 @@ def modulation(
 
     Gradients go to x and params. Deterministic. Saved for backward: the inputs, nothing of the outputs' size but ids.
     """
+    check_arguments(x, params, ids, slopes, upsample)
+    return modulation_op(x, mean, rstd, params, ids, order, offsets, slopes, upsample, stats)
+
+
+def check_arguments(x: Tensor, params: list[Tensor], ids: Tensor | None, slopes: list[float], upsample: int) -> None:
+    """Raises ValueError naming the argument."""
     if x.dim() != 4:
         raise ValueError(f"modulation: x must have shape [N, C, H, W], got {list(x.shape)}")
     if upsample not in (1, 2):
@@ -421,4 +427,3 @@ def modulation(
             raise ValueError(f"modulation: params[{m}] must have shape [P, {2 * c}], got {list(p.shape)}")
     if ids is not None and ids.shape != (n, *size):
         raise ValueError(f"modulation: ids must have shape {[n, *size]}, got {list(ids.shape)}")
-    return _modulation(x, mean, rstd, params, ids, order, offsets, slopes, upsample, stats)
