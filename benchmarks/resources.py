@@ -101,6 +101,7 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     from spade_fast.kernels.embedding_sum import embedding_sum, embedding_sum_backward
     from spade_fast.kernels.label_conv import label_conv, label_conv_backward
     from spade_fast.kernels.modulation import modulation, modulation_backward
+    from spade_fast.kernels.normalisation_gradient import normalisation_gradient
     from spade_fast.kernels.pattern_params import _gather_gemm, pattern_params
     from spade_fast.kernels.patterns import finish, patterns
     from spade_fast.kernels.segments import segment_sum, segments
@@ -158,6 +159,10 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], object]]]:
                     f"statistics {name} {layout}",
                     lambda d=dtype, cl=channels_last, s=per_sample: statistics(activation(d, cl), s),
                 )
+            yield (
+                f"normalisation_gradient {name} {layout}",
+                lambda x=activation(dtype, channels_last), k=torch.zeros(c): normalisation_gradient(x, x, k, k),
+            )
             variants = [(2, 2, False, n), (2, 2, True, n)]
             if channels_last and dtype == half:
                 variants += [(1, 1, False, 1)]

@@ -13,7 +13,7 @@ TILE = 1024  # not tuned: the tuner runs a kernel many times on the same dx, and
 
 
 @triton.jit
-def _kernel(
+def _add_kernel(
     dx, x,  # [N, C, H, W], any strides
     scale, shift,  # fp32 [C]
     HW, W,
@@ -47,7 +47,7 @@ def normalisation_gradient(dx: torch.Tensor, x: torch.Tensor, scale: torch.Tenso
     n, c, h, w = x.shape
     block = block_channels(c, x.stride(1))
     with on_device(x):
-        _kernel[grid_of(n, h * w, c, block)({"TILE": TILE})](
+        _add_kernel[grid_of(n, h * w, c, block)({"TILE": TILE})](
             dx, x, scale.contiguous(), shift.contiguous(), h * w, w, *dx.stride(), *x.stride(),
             C=c, BLOCK_C=block, TILE=TILE,
         )  # fmt: skip

@@ -14,6 +14,7 @@ KERNELS = {
     "modulation_backward": {
         "_pattern_sums_kernel", "_channel_sums_kernel", "_dense_sums_kernel", "_input_gradient_kernel"
     },
+    "normalisation_gradient": {"_add_kernel"},
     "pattern_params": {"_gather_gemm_kernel"},
     "patterns": {"_hash_kernel", "_verify_kernel", "_taps_kernel"},
     "segments": {"_segment_sum_kernel", "_combine_kernel"},
