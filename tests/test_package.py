@@ -47,11 +47,11 @@ def wheel(source, bare, tmp_path_factory) -> zipfile.ZipFile:
     return zipfile.ZipFile(pip_wheel(source, tmp_path_factory.mktemp("wheel"), bare))
 
 
-def test_wheel_holds_every_module(wheel):
+def test_wheel_holds_every_module(wheel, source):
     names = set(wheel.namelist())
-    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "spade_fast").rglob("*.py")}
-    modules |= {f"spade_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
-    modules |= {f"spade_fast/csrc/{p.name}" for p in (ROOT / "csrc").iterdir() if p.is_file()}
+    modules = {p.relative_to(source).as_posix() for p in (source / "spade_fast").rglob("*.py")}
+    modules |= {f"spade_fast/kernels/{p.name}" for p in (source / "kernels").glob("*.py")}
+    modules |= {f"spade_fast/csrc/{p.name}" for p in (source / "csrc").iterdir() if p.is_file()}
     assert modules <= names
     assert "spade_fast/py.typed" in names
     # nothing at the top level but the package: `tests` or `benchmarks` would clash with other packages
@@ -112,7 +112,7 @@ def test_an_sdist_installs_without_a_compiler_and_runs_on_torch(source, bare, tm
     sdist = source / done.stdout.split()[-1]
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
-    assert {f"{sdist.name.removesuffix('.tar.gz')}/csrc/{p.name}" for p in (ROOT / "csrc").glob("*.c*")} <= set(names)
+    assert {f"{sdist.name.removesuffix('.tar.gz')}/csrc/{p.name}" for p in (source / "csrc").glob("*.c*")} <= set(names)
     built = pip_wheel(sdist, tmp_path, bare)
     assert built.name.endswith("-py3-none-any.whl")
     assert run_installed(built, tmp_path, PATH="/nonexistent") == ["torch", "True"]
