@@ -46,6 +46,14 @@ def find_nvcc() -> Path | None:
     return Path(found).resolve() if Path(found).is_file() else None
 
 
+def cuda_home(nvcc: Path) -> Path:
+    """Where nvcc's toolkit is, by its own word: the nvcc on the PATH may be a script or a link."""
+    command = [str(nvcc), "--dryrun", "-E", "-x", "cu", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    found = re.search(r"^#\$ TOP=(.+)$", done.stderr, re.MULTILINE)
+    return Path(found.group(1)).resolve() if found else nvcc.parent.parent
+
+
 def architectures(nvcc: Path) -> list[str]:
     """-gencode options for TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), or for those of the default list that nvcc knows."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
@@ -136,7 +144,7 @@ def ninja_file(p: Parameters, library: Path) -> str:
     link = [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
     files = sorted(source.glob("*.cpp"))
     if p.nvcc:
-        home = Path(p.nvcc).parent.parent
+        home = cuda_home(Path(p.nvcc))
         includes.append(home / "include")
         defines.append("-DSPADE_FAST_CUDA")
         link += [f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
