@@ -159,10 +159,8 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], object]]]:
                     f"statistics {name} {layout}",
                     lambda d=dtype, cl=channels_last, s=per_sample: statistics(activation(d, cl), s),
                 )
-            yield (
-                f"normalisation_gradient {name} {layout}",
-                lambda x=activation(dtype, channels_last), k=torch.zeros(c): normalisation_gradient(x, x, k, k),
-            )
+            x, k = activation(dtype, channels_last), torch.zeros(c)
+            yield f"normalisation_gradient {name} {layout}", lambda x=x, k=k: normalisation_gradient(x, x, k, k)
             variants = [(2, 2, False, n), (2, 2, True, n)]
             if channels_last and dtype == half:
                 variants += [(1, 1, False, 1)]
