@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// embedding_sum: per row of codes, the sum of one table row a tap (+ bias, ReLU); and its gradient.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "cpu.h"
+
+namespace spade_fast::cpu {
+namespace {
+
+constexpr int32_t kNothing = -1;
+
+// Rows of the flattened table [T * rows] that one row of codes adds up; returns how many. numbers [2T].
+inline int64_t row_numbers(const int32_t* codes, int64_t taps, int64_t rows, bool edges, int64_t* numbers) {
+  int64_t count = 0;
+  for (int64_t t = 0; t < taps; ++t) {
+    const int32_t code = codes[t];
+    if (code < 0) continue;
+    const int64_t label = edges ? code >> 1 : code;
+    if (label < rows - (edges ? 1 : 0)) numbers[count++] = t * rows + label;
+    if (edges && (code & 1)) numbers[count++] = t * rows + rows - 1;
+  }
+  return count;
+}
+
+// out[i] = start[i] + Σ table[numbers[j] * width + i], then ReLU if asked, in registers.
+template <typename A>
+SPADE_FAST_CLONES void sum_rows(
+    const A* table, int64_t width, const int64_t* numbers, int64_t count, const A* start, bool relu, A* out) {
+  constexpr int64_t kBlock = 64;
+  int64_t i = 0;
+  for (; i + kBlock <= width; i += kBlock) {
+    A sum[kBlock];
+    for (int64_t j = 0; j < kBlock; ++j) sum[j] = start[i + j];
+    for (int64_t r = 0; r < count; ++r) {
+      const A* row = table + numbers[r] * width + i;
+      for (int64_t j = 0; j < kBlock; ++j) sum[j] += row[j];
+    }
+    for (int64_t j = 0; j < kBlock; ++j) out[i + j] = relu && sum[j] < 0 ? 0 : sum[j];
+  }
+  if (i == width) return;
+  for (int64_t j = i; j < width; ++j) out[j] = start[j];
+  for (int64_t r = 0; r < count; ++r) {
+    const A* row = table + numbers[r] * width;
+    for (int64_t j = i; j < width; ++j) out[j] += row[j];
+  }
+  for (int64_t j = i; j < width; ++j) out[j] = relu && out[j] < 0 ? 0 : out[j];
+}
+
+template <typename A>
+void forward(const at::Tensor& table, const at::Tensor& bias, const int32_t* codes, bool edges, bool relu, A* out,
+             int64_t count) {
+  const int64_t taps = table.size(0), rows = table.size(1), width = table.size(2);
+  const A *values = table.const_data_ptr<A>(), *start = bias.const_data_ptr<A>();
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, taps * width));
+  at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+    const auto numbers = buffer<int64_t>(2 * taps);
+    for (int64_t q = first; q < last; ++q) {
+      const int64_t used = row_numbers(codes + q * taps, taps, rows, edges, numbers.get());
+      sum_rows(values, width, numbers.get(), used, start, relu, out + q * width);
+    }
+  });
+}
+
+at::Tensor embedding_sum(const at::Tensor& table, const std::optional<at::Tensor>& bias, const at::Tensor& codes,
+                         bool edges, bool relu) {
+  const auto type = accumulation_type(table.scalar_type());
+  const int64_t width = table.size(2);
+  TORCH_CHECK(codes.scalar_type() == at::kInt, "embedding_sum: codes must be int32, got ", codes.scalar_type());
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == width), "embedding_sum: bias must have shape [", width,
+              "], got ", bias ? bias->sizes() : at::IntArrayRef());
+  const auto options = table.options().dtype(type);
+  const at::Tensor values = table.to(type).contiguous();
+  const at::Tensor start = bias ? bias->to(type).contiguous() : at::zeros({width}, options);
+  const at::Tensor source = codes.contiguous();
+  const at::Tensor out = at::empty({codes.size(0), width}, options);
+  const auto* code = source.const_data_ptr<int32_t>();
+  if (type == at::kDouble)
+    forward<double>(values, start, code, edges, relu, out.data_ptr<double>(), codes.size(0));
+  else
+    forward<float>(values, start, code, edges, relu, out.data_ptr<float>(), codes.size(0));
+  return out.to(table.scalar_type());
+}
+
+template <typename T, typename A>
+SPADE_FAST_CLONES void mask_rows(const T* dout, const T* out, bool relu, A* __restrict gradient, int64_t count) {
+  if (relu)
+    for (int64_t i = 0; i < count; ++i) gradient[i] = static_cast<A>(out[i]) > 0 ? static_cast<A>(dout[i]) : A(0);
+  else
+    for (int64_t i = 0; i < count; ++i) gradient[i] = static_cast<A>(dout[i]);
+}
+
+// gradient [Q, Hd]: dout where ReLU let it through.
+template <typename A>
+void masked(const at::Tensor& dout, const at::Tensor& out, bool relu, A* gradient) {
+  at::parallel_for(0, dout.numel(), 32768, [&](int64_t first, int64_t last) {
+    const auto rows = [&](auto zero) {
+      using T = decltype(zero);
+      mask_rows(dout.const_data_ptr<T>() + first, out.const_data_ptr<T>() + first, relu, gradient + first, last - first);
+    };
+    switch (dout.scalar_type()) {
+      case at::kHalf: return rows(c10::Half());
+      case at::kBFloat16: return rows(c10::BFloat16());
+      default: return rows(A());
+    }
+  });
+}
+
+// sum[i] = Σ gradient[order[j]][i]
+template <typename A>
+SPADE_FAST_CLONES void gather_sum(const A* gradient, int64_t width, const int32_t* order, int64_t count, A* sum) {
+  constexpr int64_t kBlock = 64;
+  int64_t i = 0;
+  for (; i + kBlock <= width; i += kBlock) {
+    A block[kBlock] = {};
+    for (int64_t r = 0; r < count; ++r) {
+      const A* row = gradient + order[r] * width + i;
+      for (int64_t j = 0; j < kBlock; ++j) block[j] += row[j];
+    }
+    for (int64_t j = 0; j < kBlock; ++j) sum[i + j] = block[j];
+  }
+  if (i == width) return;
+  for (int64_t j = i; j < width; ++j) sum[j] = 0;
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t j = i; j < width; ++j) sum[j] += gradient[order[r] * width + j];
+}
+
+// sums [segments, width] of rows gradient[order[...]] of each segment.
+template <typename A>
+void sum_segments(const A* gradient, int64_t width, const int32_t* order, const int32_t* offsets, int64_t segments,
+                  A* sums) {
+  const Pieces pieces(offsets, segments);
+  const auto partial = buffer<A>(pieces.slots * width);
+  at::parallel_for(0, pieces.groups(), 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = pieces.group[first]; i < pieces.group[last]; ++i) {
+      const auto& piece = pieces.pieces[i];
+      A* sum = piece.slot < 0 ? sums + piece.segment * width : partial.get() + piece.slot * width;
+      gather_sum(gradient, width, order + piece.begin, piece.end - piece.begin, sum);
+    }
+  });
+  add_split(pieces, partial.get(), sums, width);
+}
+
+template <typename A>
+void backward(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& codes, int64_t rows, bool edges,
+              bool relu, const at::Tensor& dtable, const at::Tensor& dbias) {
+  const int64_t count = codes.size(0), taps = codes.size(1), width = dout.size(1), columns = edges ? 2 * taps : taps;
+  const auto gradient = buffer<A>(count * width);
+  masked(dout, out, relu, gradient.get());
+  // For each table row, in order, the sums it went into: positions by row number; a row of codes has `columns` places.
+  const auto numbers = buffer<int32_t>(count * columns), order = buffer<int32_t>(count * columns);
+  const auto offsets = buffer<int32_t>(taps * rows + 1);
+  const auto* code = codes.const_data_ptr<int32_t>();
+  const auto one = buffer<int64_t>(columns);
+  for (int64_t q = 0; q < count; ++q) {
+    const int64_t used = row_numbers(code + q * taps, taps, rows, edges, one.get());
+    int32_t* row = numbers.get() + q * columns;
+    for (int64_t j = 0; j < columns; ++j) row[j] = j < used ? static_cast<int32_t>(one[j]) : kNothing;
+  }
+  sort_positions(numbers.get(), count * columns, taps * rows, order.get(), offsets.get());
+  for (int64_t i = 0; i < count * columns; ++i) order[i] /= static_cast<int32_t>(columns);
+  sum_segments(gradient.get(), width, order.get(), offsets.get(), taps * rows, dtable.data_ptr<A>());
+  // The bias went into every sum.
+  const auto all = buffer<int32_t>(count);
+  for (int64_t q = 0; q < count; ++q) all[q] = static_cast<int32_t>(q);
+  const int32_t limits[2] = {0, static_cast<int32_t>(count)};
+  sum_segments(gradient.get(), width, all.get(), limits, 1, dbias.data_ptr<A>());
+}
+
+std::tuple<at::Tensor, at::Tensor> embedding_sum_backward(
+    const at::Tensor& dout, const at::Tensor& out, const at::Tensor& codes, int64_t rows, bool edges, bool relu) {
+  const auto type = accumulation_type(dout.scalar_type());
+  const int64_t taps = codes.size(1), width = dout.size(1), places = codes.numel() * (edges ? 2 : 1);
+  TORCH_CHECK(codes.scalar_type() == at::kInt, "embedding_sum_backward: codes must be int32, got ",
+              codes.scalar_type());
+  TORCH_CHECK(dout.sizes() == out.sizes() && dout.size(0) == codes.size(0) && dout.scalar_type() == out.scalar_type(),
+              "embedding_sum_backward: dout and out must be alike, a row for each row of codes; got ", dout.sizes(),
+              ", ", out.sizes(), " and ", codes.sizes());
+  constexpr int64_t kMost = (int64_t{1} << 31) - 3;
+  TORCH_CHECK(places <= kMost && taps * rows <= kMost, "embedding_sum_backward: at most 2**31 - 3 codes and table rows");
+  const at::Tensor dtable = at::empty({taps, rows, width}, dout.options().dtype(type));
+  const at::Tensor dbias = at::empty({width}, dtable.options());
+  const at::Tensor upstream = dout.contiguous(), activation = out.contiguous(), source = codes.contiguous();
+  if (type == at::kDouble)
+    backward<double>(upstream, activation, source, rows, edges, relu, dtable, dbias);
+  else
+    backward<float>(upstream, activation, source, rows, edges, relu, dtable, dbias);
+  return {dtable.to(dout.scalar_type()), dbias.to(dout.scalar_type())};
+}
+
+TORCH_LIBRARY_IMPL(spade_fast_native, CPU, m) {
+  m.impl("embedding_sum", embedding_sum);
+  m.impl("embedding_sum_backward", embedding_sum_backward);
+}
+
+}  // namespace
+}  // namespace spade_fast::cpu
