@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lambda_l1": 10.0,
     },
 }
+AMP_MODES = ("auto", "bf16", "fp16", "fp32")
 
 
 class ConfigError(ValueError):
@@ -101,7 +102,7 @@ class TrainConfig:
     vgg_weights: str | None = _option(None, "file of VGG19 weights in torchvision's format (default: download)")
 
     # Schedule
-    batch_size: int = _option(32, "images in a step")
+    batch_size: int = _option(32, "images in a step, of all processes together")
     epochs: int | None = _option(50, "passes over the dataset")
     steps: int | None = _option(None, "generator steps, instead of epochs")
     decay_from: int | None = _option(None, "epoch from which the learning rates fall linearly to 0 (default: never)")
@@ -110,6 +111,16 @@ class TrainConfig:
     beta1: float | None = _option(None, "Adam's beta1 (default: 0 with ttur, else 0.5)")
     beta2: float | None = _option(None, "Adam's beta2 (default: 0.9 with ttur, else 0.999)")
     max_minutes: float | None = _option(None, "save and stop after so many minutes of training in this process")
+
+    # Speed and memory
+    amp: str = _option("auto", "what networks compute in; auto: bf16 on GPUs that have it, else fp32", AMP_MODES)
+    tf32: bool = _option(False, "let float32 matrix products and convolutions on GPUs round their input to TF32")
+    compile: bool = _option(False, "torch.compile generator and discriminator")
+    accumulate: int = _option(1, "micro-batches whose gradients add up to a step's; batch norm sees one at a time")
+    checkpoint_blocks: bool = _option(False, "keep only the input of each residual block and compute it again backward")
+    share_fake: bool = _option(
+        False, "discriminator learns on the images of the generator's step: not the paper's order"
+    )
 
     # The run
     out: str = _option("runs/train", "directory of the run")
@@ -240,7 +251,10 @@ def _check(c: TrainConfig) -> None:
         if not ok:
             raise ConfigError(f"{flag(name)} must be {rule}, got {getattr(c, name)!r}")
 
-    for name in ("ngf", "ndf", "batch_size", "n_layers_d", "num_d", "save_every", "keep", "log_every", "num_samples"):
+    for name in (
+        *("ngf", "ndf", "batch_size", "accumulate", "n_layers_d", "num_d", "save_every", "keep", "log_every"),
+        "num_samples",
+    ):
         need(getattr(c, name) >= 1, name, "at least 1")
     for name in ("lambda_feat", "lambda_vgg", "lambda_kl", "lambda_l1", "workers", "sample_every", "seed"):
         need(getattr(c, name) >= 0, name, "0 or more")

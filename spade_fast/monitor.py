@@ -30,7 +30,8 @@ class Monitor:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.tensorboard = self._tensorboard() if trainer.config.tensorboard else None
+        self.quiet = not trainer.ranks.is_main  # one process shows what happens
+        self.tensorboard = self._tensorboard() if trainer.config.tensorboard and not self.quiet else None
         self.sums: dict[str, float] = {}
         self.count = 0
 
@@ -43,7 +44,8 @@ class Monitor:
 
     def __enter__(self) -> Monitor:
         t = self.trainer
-        self.bar = import_tqdm()(total=t.total_steps, initial=t.step, unit="step", dynamic_ncols=True, mininterval=0.5)
+        options = dict(unit="step", dynamic_ncols=True, mininterval=0.5, disable=self.quiet)
+        self.bar = import_tqdm()(total=t.total_steps, initial=t.step, **options)
         self.started = self.since = time.monotonic()
         return self
 
@@ -54,10 +56,13 @@ class Monitor:
 
     def note(self, text: str) -> None:
         """A line above the bar."""
-        self.bar.write(text)
+        if not self.quiet:
+            self.bar.write(text)
 
     def step(self, terms: dict[str, float]) -> None:
         """Counts a finished step; every log_every steps writes the means of the losses since the last line."""
+        if self.quiet:
+            return
         t = self.trainer
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -68,7 +73,7 @@ class Monitor:
         now = time.monotonic()
         means = {name: value / self.count for name, value in self.sums.items()}
         speed = self.count * t.config.batch_size / max(now - self.since, 1e-9)
-        lrs = {f"lr_{name}": o.param_groups[0]["lr"] for name, o in t.optimizers.items()}
+        lrs = {f"lr_{name}": o.param_groups[0]["lr"] for name, o in t.training.optimizers.items()}
         record = {"step": t.step, "epoch": t.epoch, "seconds": round(now - self.started, 3)}
         record |= {"images_per_second": round(speed, 3), **lrs, **means}
         with open(t.directory.stats, "a") as file:

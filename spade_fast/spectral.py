@@ -7,7 +7,8 @@ copies a channels-last weight to flatten it, and breaks ``torch.compile(fullgrap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 EPS = 1e-12
+_held = 0
+
+
+@contextlib.contextmanager
+def hold_power_iteration() -> Iterator[None]:
+    """Inside, training mode estimates sigma from u and v as they are: where the same weights run more than once."""
+    global _held
+    _held += 1
+    try:
+        yield
+    finally:
+        _held -= 1
 
 
 class SpectralConv2d(nn.Conv2d):
@@ -58,7 +71,7 @@ class SpectralConv2d(nn.Conv2d):
         in weight_orig, u and v are constants."""
         matrix, channels_last = self._matrix()
         u, v = self.weight_u, self.weight_v
-        if self.training:
+        if self.training and not _held:
             with torch.no_grad():
                 v = F.normalize(torch.mv(matrix.t(), u), dim=0, eps=EPS)
                 self.weight_v.copy_(self._reorder(v, back=True) if channels_last else v)

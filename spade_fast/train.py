@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m spade_fast.train`: train a SPADE generator. Options: `spade_fast.config`; loop: `spade_fast.trainer`."""
+"""`python -m spade_fast.train`: train a SPADE generator. Options: `spade_fast.config`; loop: `spade_fast.trainer`.
+
+Several GPUs: `torchrun --nproc-per-node 8 -m spade_fast.train ...`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from spade_fast import config as cfg
@@ -20,13 +24,17 @@ USER_ERRORS = (cfg.ConfigError, DataError, RunDirectoryError, VGGWeightsError, M
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 finished or stopped by SIGTERM or time limit, 130 Ctrl-C, 2 non-finite loss, 1 other errors."""
-    parser = argparse.ArgumentParser(prog="python -m spade_fast.train", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m spade_fast.train", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--config", metavar="FILE", help="JSON file of options, as a run's config.json")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the whole plan and exit")
     cfg.add_arguments(parser)
     args, given = cfg.parse(parser, argv)
     trainer = None
+    rank = os.environ.get("RANK")
+    who = f"rank {rank}: " if rank and int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         if args.resume and args.config:
             raise cfg.ConfigError("--resume and --config exclude each other: a run resumes with its own config.json")
@@ -42,13 +50,18 @@ def main(argv: list[str] | None = None) -> int:
         trainer = Trainer(config, resume=args.resume)
         reason = trainer.train()
     except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{who}error: {error}", file=sys.stderr)
         return 2
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{who}error: {error}", file=sys.stderr)
         if trainer is not None and trainer.last_checkpoint is not None:
             print(f"Saved {trainer.last_checkpoint}; --resume continues from there.", file=sys.stderr)
         return 1
+    trainer.ranks.leave()
+    if reason == "fault":
+        return 1
+    if not trainer.ranks.is_main:
+        return 130 if reason == "SIGINT" else 0
     done = f"step {trainer.step} of {trainer.total_steps}, saved {trainer.last_checkpoint}"
     print(
         f"Finished: {done}" if reason == "finished" else f"Stopped ({reason}): {done}; --resume continues from there."
@@ -56,5 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     return 130 if reason == "SIGINT" else 0
 
 
+def start(argv: list[str] | None = None) -> int:
+    """`main`; under torchrun, which shows the traceback of the process that failed first, with its record of errors."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return main(argv)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(main)(argv)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

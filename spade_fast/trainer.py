@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: networks, optimisers, one generator and one discriminator step an iteration, exact resume."""
+"""The training loop: one process or several, logging, checkpoints, exact resume."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import random
 import time
 from pathlib import Path
@@ -14,49 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import default_collate
 
-from spade_fast import data, losses, models, pictures
-from spade_fast.building import (
-    build_networks,
-    check_size,
-    label_map,
-    length,
-    open_dataset,
-    pick_device,
-    steps_per_epoch,
-)
-from spade_fast.checkpoint import FORMAT
-from spade_fast.config import RESUME_FIXED, TrainConfig, flag
+from spade_fast import batches, data, models, pictures
+from spade_fast.building import build_networks, check_size, label_map, length, open_dataset, steps_per_epoch
+from spade_fast.checkpoint import FORMAT, checkpoint_path
+from spade_fast.config import RESUME_FIXED, ConfigError, TrainConfig, flag
 from spade_fast.label_map import LabelMap
 from spade_fast.monitor import Monitor, import_tqdm
+from spade_fast.ranks import Ranks
 from spade_fast.run_directory import RunDirectory, RunDirectoryError, random_state, restore_random_state
-from spade_fast.schedule import EpochBatches, lr_factor
-from spade_fast.stopping import StopSignals, worker_signals
+from spade_fast.schedule import lr_factor
+from spade_fast.stopping import StopSignals
+from spade_fast.training_step import TrainingStep
+
+NON_FINITE_LIMIT = 20  # consecutive steps whose losses fp16 may lose to overflow before that is no loss scale's doing
+REASONS = ("SIGTERM", "SIGINT", "time", "fault")
 
 
 class NonFiniteError(RuntimeError):
     """A loss or a weight became infinite or not a number. Names step, term and the last good checkpoint."""
-
-
-class _FaultsAsItems(Dataset):
-    """Hands a DataError over as an item, so that one raised in a worker reaches the loop with its message intact."""
-
-    def __init__(self, dataset: data.SegmentationDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any] | data.DataError:
-        try:
-            return self.dataset[index]
-        except data.DataError as e:
-            return e
-
-
-def _collate(items: list) -> Any:
-    return next((item for item in items if isinstance(item, data.DataError)), None) or default_collate(items)
 
 
 class Trainer:
@@ -65,24 +41,29 @@ class Trainer:
     Args:
         config: resolved options (`spade_fast.config.resolve`).
         resume: continue from the newest checkpoint in `config.out`.
+        ranks: the processes of the run; by default those of torchrun's environment.
 
     Everything that can fail for a wrong option or missing file fails here, before anything is written.
     """
 
-    def __init__(self, config: TrainConfig, resume: bool = False) -> None:
+    def __init__(self, config: TrainConfig, resume: bool = False, ranks: Ranks | None = None) -> None:
         self.config = config
         self.directory = RunDirectory(config.out)
-        self.directory.require_run() if resume else self.directory.require_new()
+        self.ranks = ranks or Ranks(config.device)
+        if resume:
+            self.directory.require_run()
+        elif self.ranks.is_main:
+            self.directory.require_new()
         import_tqdm()  # fails now if it is missing, not after the data is read
-        self.device = pick_device(config.device)
+        self.device = self.ranks.device
+        if config.tf32:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         vgg = models.load_vgg19(config.vgg_weights).to(self.device) if config.lambda_vgg > 0 else None
-        self.vgg_loss = losses.VGGLoss(vgg) if vgg is not None else None
-        self.gan_loss = losses.GANLoss(config.gan_mode)
 
         self.dataset = open_dataset(config, "train")
         self.steps_per_epoch = steps_per_epoch(config, self.dataset)
         self.total_steps, self.epochs = length(config, self.steps_per_epoch)
-        self.fixed = self._fixed_samples()
+        self.fixed = self._fixed_samples() if self.ranks.is_main else []
 
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
@@ -92,82 +73,42 @@ class Trainer:
         for net in self.nets.values():
             models.init_weights(net)
             net.to(self.device).train()
+        self._share_statistics()
         self.generator, self.discriminator = self.nets["generator"], self.nets["discriminator"]
-        self.encoder = self.nets.get("encoder")
-        self.base_lrs = config.lrs()
-        trained = itertools.chain(self.generator.parameters(), self.encoder.parameters() if self.encoder else ())
-        betas = (config.beta1, config.beta2)
-        self.optimizers = {
-            "generator": torch.optim.Adam(list(trained), lr=self.base_lrs[0], betas=betas),
-            "discriminator": torch.optim.Adam(self.discriminator.parameters(), lr=self.base_lrs[1], betas=betas),
-        }
+        self.training = TrainingStep(self.nets, config, vgg, self.ranks)
         self.step = self.epoch = self.batch = 0  # steps done; where the next batch is
+        self.lost = 0  # consecutive steps with a loss that is not finite
         self.saved_step: int | None = None
         self.last_checkpoint = None
         self.notes: list[str] = []  # for the user, once the progress bar is there
         if resume:
             self._restore()
+        self.ranks.same(self.step, "the step to start from")
 
-    # One iteration
+    def _share_statistics(self) -> None:
+        """Plain layers: torch's own synchronised norm, which is for GPUs. FusedSPADE shares by itself."""
+        if self.ranks.world == 1 or self.config.spade != "reference" or self.config.norm != "syncbatch":
+            return
+        if self.device.type != "cuda":
+            raise ConfigError(
+                "--spade reference --norm syncbatch on several processes needs GPUs (torch.nn.SyncBatchNorm); take "
+                "--spade fused or --norm batch"
+            )
+        self.nets["generator"] = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.nets["generator"])
 
-    def generate(self, labels: LabelMap, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(synthesized images, KL divergence of the encoder's posterior or None)."""
-        if self.encoder is None:
-            return self.generator(labels), None
-        mu, logvar = self.encoder(image)
-        return self.generator(labels, models.reparameterize(mu, logvar)), losses.kl_loss(mu, logvar)
+    def train_step(self, batch: tuple[LabelMap, Tensor]) -> dict[str, Tensor]:
+        """Generator step, then discriminator step: this process's shares of the losses, still on the device."""
+        factor = lr_factor(self.epoch, self.epochs, self.config.decay_from)
+        self.training.set_lr(factor)
+        return self.training(*batch, self.step)
 
-    def _discriminate(self, labels: LabelMap, fake: Tensor, image: Tensor) -> tuple[list, list]:
-        """Features of fake and of real images, through the discriminator in one batch."""
-        features = self.discriminator(labels, torch.cat([fake, image]))
-        halves = [[f.chunk(2) for f in scale] for scale in features]
-        return [[f for f, _ in scale] for scale in halves], [[r for _, r in scale] for scale in halves]
-
-    def generator_step(self, labels: LabelMap, image: Tensor) -> dict[str, Tensor]:
-        """One update of generator and encoder. Returns the weighted losses, detached."""
-        c, terms = self.config, {}
-        self.discriminator.requires_grad_(False)
-        fake, kl = self.generate(labels, image)
-        fake_features, real_features = self._discriminate(labels, fake, image)
-        terms["gan"] = self.gan_loss.generator(fake_features)
-        if c.lambda_feat > 0:
-            terms["feat"] = c.lambda_feat * losses.feature_matching_loss(fake_features, real_features)
-        if self.vgg_loss is not None:
-            terms["vgg"] = c.lambda_vgg * self.vgg_loss(fake, image)
-        if kl is not None:
-            terms["kl"] = c.lambda_kl * kl
-        if c.lambda_l1 > 0:
-            terms["l1"] = c.lambda_l1 * (fake - image).abs().mean()
-        self.optimizers["generator"].zero_grad()
-        torch.stack(list(terms.values())).sum().backward()
-        self.optimizers["generator"].step()
-        self.discriminator.requires_grad_(True)
-        return {name: term.detach() for name, term in terms.items()}
-
-    def discriminator_step(self, labels: LabelMap, image: Tensor) -> dict[str, Tensor]:
-        """One update of the discriminator, on images the updated generator makes anew. Returns the losses, detached."""
-        with torch.no_grad():
-            fake, _ = self.generate(labels, image)
-        fake_features, real_features = self._discriminate(labels, fake, image)
-        terms = {
-            "d_fake": self.gan_loss.discriminator(fake_features, False),
-            "d_real": self.gan_loss.discriminator(real_features, True),
-        }
-        self.optimizers["discriminator"].zero_grad()
-        torch.stack(list(terms.values())).sum().backward()
-        self.optimizers["discriminator"].step()
-        return {name: term.detach() for name, term in terms.items()}
-
-    def train_step(self, batch: dict[str, Any]) -> dict[str, float]:
-        """Generator step, then discriminator step. Raises NonFiniteError."""
-        labels = label_map(batch, self.dataset.num_classes, self.device)
-        image = batch["image"].to(self.device, non_blocking=True)
-        terms = {**self.generator_step(labels, image), **self.discriminator_step(labels, image)}
-        values = torch.stack(list(terms.values())).tolist()  # the step's one wait for the GPU
-        for name, value in zip(terms, values, strict=True):
-            if not np.isfinite(value):
-                raise self._non_finite(f"the loss term {name!r} is {value}", self.step + 1)
-        return dict(zip(terms, values, strict=True))
+    def _check_finite(self, terms: dict[str, float]) -> None:
+        """Raises NonFiniteError. With a loss scale a step may be lost to overflow, but not many in a row."""
+        wrong = next((name for name, value in terms.items() if not np.isfinite(value)), None)
+        self.lost = 0 if wrong is None else self.lost + 1
+        if self.lost > (NON_FINITE_LIMIT if self.training.amp == torch.float16 else 0):
+            row = f", as in the {self.lost - 1} steps before it" if self.lost > 1 else ""
+            raise self._non_finite(f"the loss term {wrong!r} is {terms[wrong]}{row}", self.step + 1)
 
     def _non_finite(self, what: str, step: int) -> NonFiniteError:
         last = self.last_checkpoint or "none was saved yet"
@@ -176,30 +117,31 @@ class Trainer:
     # The loop
 
     def train(self) -> str:
-        """Trains to the end. Returns why it stopped: "finished", "time", "SIGTERM" or "SIGINT"; it has saved then.
+        """Trains to the end. Returns why it stopped: "finished", "time", "SIGTERM" or "SIGINT", or "fault" when another
+        process has a sample it can't use; it has saved then.
 
         Raises:
             data.DataError: a sample can't be used; the run is saved and can be resumed once the file is repaired.
             NonFiniteError: see there; nothing is saved.
         """
-        self.directory.create()
-        self.config.save(self.directory.config)
+        if self.ranks.is_main:
+            self.directory.create()
+            self.config.save(self.directory.config)
         deadline = time.monotonic() + 60 * (self.config.max_minutes or float("inf"))
+        source = batches.load(self.dataset, self.config, self.generator, self.ranks, self.epoch, self.batch)
         # Closing the batches ends the loading processes, also when an exception keeps this frame alive.
-        with StopSignals() as stop, Monitor(self) as monitor, contextlib.closing(self._batches()) as batches:
+        with StopSignals() as stop, Monitor(self) as monitor, contextlib.closing(source):
             for note in self.notes:
                 monitor.note(note)
-            while self.step < self.total_steps:
-                try:
-                    batch = next(batches)
-                    if isinstance(batch, data.DataError):
-                        raise batch
-                except Exception:
-                    self.save()
-                    if stop.received:  # a SIGTERM to the whole process group ended the loading processes too
-                        return stop.received.name
-                    raise
+            batch = self._next(source) if self.step < self.total_steps else None
+            _, reasons = self._exchange({}, stop, False, batch)
+            while self.step < self.total_steps and "fault" not in reasons:
                 terms = self.train_step(batch)
+                # The next batch comes while the device works; whether every process has one is part of what they tell
+                # each other after the step, so that all stop after the same one.
+                batch = self._next(source) if self.step + 1 < self.total_steps else None
+                terms, reasons = self._exchange(terms, stop, time.monotonic() > deadline, batch)
+                self._check_finite(terms)
                 self.step += 1
                 self.batch += 1
                 if self.batch == self.steps_per_epoch:
@@ -207,37 +149,42 @@ class Trainer:
                 monitor.step(terms)
                 if self.config.sample_every and self.step % self.config.sample_every == 0:
                     self.draw_samples()
-                reason = stop.received.name if stop.received else "time" if time.monotonic() > deadline else None
+                reason = next(iter(reasons), None)
                 if reason or self.step % self.config.save_every == 0:
                     self.save()
-                if reason and self.step < self.total_steps:
+                if reason and reason != "fault" and self.step < self.total_steps:
                     return reason
+            if "fault" in reasons and self.step < self.total_steps:
+                self.save()
+                if stop.received:  # a SIGTERM to the whole process group ended the loading processes too
+                    return stop.received.name
+                if isinstance(batch, Exception):
+                    raise batch
+                return "fault"
             if self.config.sample_every and self.step % self.config.sample_every:
                 self.draw_samples()
             self.save()
         return "finished"
 
-    def _batches(self):
-        """Batches from where the run stands, without end; sets epoch and learning rates on the way."""
-        c = self.config
-        order = EpochBatches(len(self.dataset), c.batch_size, c.seed, self.epoch, self.batch)
-        loader = DataLoader(
-            _FaultsAsItems(self.dataset),
-            batch_sampler=order,
-            num_workers=c.workers,
-            collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=c.workers > 0,
-            worker_init_fn=worker_signals,
-            generator=torch.Generator(),  # its own: the loader must not draw from the state that a resume restores
-        )
-        while True:
-            self.dataset.set_epoch(self.epoch)
-            order.epoch, order.start = self.epoch, self.batch
-            factor = lr_factor(self.epoch, self.epochs, c.decay_from)
-            for optimizer, lr in zip(self.optimizers.values(), self.base_lrs, strict=True):
-                optimizer.param_groups[0]["lr"] = lr * factor
-            yield from loader
+    @staticmethod
+    def _next(source) -> tuple[LabelMap, Tensor] | Exception:
+        try:
+            return next(source)
+        except Exception as fault:  # of a loading process, of a file, ...: raised when the others know
+            return fault
+
+    def _exchange(
+        self, terms: dict[str, Tensor], stop: StopSignals, late: bool, batch: object
+    ) -> tuple[dict[str, float], list[str]]:
+        """(the losses of the whole batch, why to stop), the same in every process: the step's one wait for the GPU."""
+        received = stop.received.name if stop.received else None
+        flags = [received == "SIGTERM", received == "SIGINT", late, isinstance(batch, Exception)]
+        mine = torch.tensor(flags, dtype=torch.float32).to(self.device, non_blocking=True)
+        values = torch.cat([torch.stack([*terms.values()]).float(), mine]) if terms else mine
+        values = self.ranks.sum(values).tolist()
+        count = len(terms)
+        reasons = [reason for reason, told in zip(REASONS, values[count:], strict=True) if told]
+        return dict(zip(terms, values[:count], strict=True)), reasons
 
     # Saving and resuming
 
@@ -250,7 +197,7 @@ class Trainer:
             "epoch": self.epoch,
             "batch": self.batch,
             "dataset_size": len(self.dataset),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            **self.training.state(),
             "random": random_state(),
         }
         return {"format": FORMAT, **nets, "training": training}
@@ -259,17 +206,20 @@ class Trainer:
         """Writes a checkpoint unless this step has one. Raises NonFiniteError rather than save broken weights."""
         if self.step == self.saved_step:
             return
-        for name, net in self.nets.items():
+        for name, net in self.nets.items():  # in every process: all are to stop
             for key, value in net.state_dict().items():
                 if value.is_floating_point() and not torch.isfinite(value).all():
                     raise self._non_finite(f"the {name}'s {key} is not finite", self.step)
-        self.last_checkpoint = self.directory.save(self.step, self.state(), self.config.keep)
+        if self.ranks.is_main:
+            self.directory.save(self.step, self.state(), self.config.keep)
+        self.last_checkpoint = checkpoint_path(self.directory.path, self.step)
         self.saved_step = self.step
 
     def _restore(self) -> None:
         loaded = self.directory.load_newest()
         if loaded is None:
-            self.directory.truncate_stats(0)
+            if self.ranks.is_main:
+                self.directory.truncate_stats(0)
             self.notes.append(f"{self.directory.path} has no checkpoint yet: starting from step 0")
             return
         state, path = loaded
@@ -283,8 +233,7 @@ class Trainer:
                 )
         for name, net in self.nets.items():
             net.load_state_dict(state[name]["state_dict"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(training["optimizers"][name])
+        self.training.load_state(training)
         self.step, self.epoch, self.batch = training["step"], training["epoch"], training["batch"]
         if training["dataset_size"] != len(self.dataset):
             self.notes.append(
@@ -294,7 +243,8 @@ class Trainer:
             self.batch = 0
         restore_random_state(training["random"])
         self.last_checkpoint, self.saved_step = path, self.step
-        self.directory.truncate_stats(self.step)
+        if self.ranks.is_main:
+            self.directory.truncate_stats(self.step)
         self.notes.append(f"resuming from {path}, step {self.step} of {self.total_steps}")
 
     # Pictures
@@ -323,8 +273,10 @@ class Trainer:
         self.generator.train()
         return torch.cat(images)
 
-    def draw_samples(self) -> Path:
-        """Writes samples/step_{step:08d}.png, label map, synthesized, real, and returns its path."""
+    def draw_samples(self) -> Path | None:
+        """Writes samples/step_{step:08d}.png, label map, synthesized, real, and returns its path; rank 0 does."""
+        if not self.ranks.is_main:
+            return None
         rows, names = [], []
         for sample, fake in zip(self.fixed, self.synthesize_fixed(), strict=True):
             colours = pictures.colorize(sample["label"], self.dataset.palette)

@@ -18,6 +18,7 @@ from spade_fast.plan import describe, saved_bytes
 from spade_fast.run_directory import RunDirectory, RunDirectoryError, random_state, restore_random_state
 from spade_fast.train import main
 from spade_fast.trainer import NonFiniteError, Trainer
+from spade_fast.training_step import TrainingStep
 
 TINY = {
     **{"dataset": "synthetic", "crop_size": 32, "ngf": 4, "ndf": 4, "batch_size": 2, "synthetic_size": 6, "steps": 4},
@@ -54,14 +55,14 @@ def test_each_step_updates_its_own_networks_only(tmp_path):
     t = trainer(tmp_path / "run", use_vae=True, z_dim=8)
     labels, image = batch_of(t)
     before = {name: weights(net) for name, net in t.nets.items()}
-    t.generator_step(labels, image)
+    t.training.generator_step(labels, image)
     assert changed(t.discriminator, before["discriminator"]) == set()
     assert all(p.grad is None for p in t.discriminator.parameters())
     assert {"fc.weight", "conv_img.weight"} <= changed(t.generator, before["generator"])
-    assert {"fc_mu.weight", "fc_var.weight", "layer1.0.weight_orig"} <= changed(t.encoder, before["encoder"])
+    assert {"fc_mu.weight", "fc_var.weight", "layer1.0.weight_orig"} <= changed(t.nets["encoder"], before["encoder"])
     before = {name: weights(net) for name, net in t.nets.items()}
-    t.discriminator_step(labels, image)
-    assert changed(t.generator, before["generator"]) == changed(t.encoder, before["encoder"]) == set()
+    t.training.discriminator_step(labels, image)
+    assert changed(t.generator, before["generator"]) == changed(t.nets["encoder"], before["encoder"]) == set()
     scales = {name.split(".")[0] for name in changed(t.discriminator, before["discriminator"])}
     assert scales == {"discriminator_0", "discriminator_1"}
 
@@ -71,16 +72,16 @@ def test_generator_terms_are_the_losses_times_their_weights(tmp_path, monkeypatc
     labels, _ = batch_of(t)
     fake = torch.full((2, 3, 32, 32), 0.25, requires_grad=True)
     real = torch.full((2, 3, 32, 32), -0.5)
-    monkeypatch.setattr(t, "generate", lambda labels, image: (fake, torch.tensor(6.0)))
+    monkeypatch.setattr(t.training, "generate", lambda labels, image, noise: (fake, torch.tensor(6.0)))
     # one scale, one feature and the prediction: feature 1.5 apart, prediction for the fake 0.75
     features = [[torch.tensor([[2.0], [2.0], [0.5], [0.5]]) + 0 * fake.sum(), torch.tensor([0.5, 1.0, 9.0, 9.0])]]
-    monkeypatch.setattr(t, "discriminator", Stub(features))
-    terms = {name: value.item() for name, value in t.generator_step(labels, real).items()}
+    monkeypatch.setattr(t.training, "discriminator", Stub(features))
+    terms = {name: value.item() for name, value in t.training.generator_step(labels, real).items()}
     assert terms == {"gan": -0.75, "feat": 3 * 1.5, "kl": 0.5 * 6, "l1": 7 * 0.75}
     # hinge: mean(relu(1 + fake)) = (1.5 + 2) / 2; real 9 is beyond the margin
-    t.optimizers["discriminator"] = torch.optim.SGD([fake], lr=0)
+    t.training.optimizers["discriminator"] = torch.optim.SGD([fake], lr=0)
     features[0][1].requires_grad_(True)
-    terms = {name: value.item() for name, value in t.discriminator_step(labels, real).items()}
+    terms = {name: value.item() for name, value in t.training.discriminator_step(labels, real).items()}
     assert terms == {"d_fake": 1.75, "d_real": 0.0}
 
 
@@ -102,8 +103,8 @@ def test_the_discriminator_sees_images_of_the_updated_generator(tmp_path):
     labels, image = batch_of(t)
     seen = []
     t.discriminator.register_forward_pre_hook(lambda net, args: seen.append(args[1].detach().clone()))
-    t.generator_step(labels, image)
-    t.discriminator_step(labels, image)
+    t.training.generator_step(labels, image)
+    t.training.discriminator_step(labels, image)
     assert not torch.equal(seen[0][:2], seen[1][:2])
     t.generator.eval()  # spectral norm's vectors stay where the last step left them
     assert torch.allclose(t.generator(labels), seen[1][:2], atol=1e-6)
@@ -166,14 +167,14 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
 @pytest.mark.parametrize("term", ["gan", "d_real"])
 def test_a_non_finite_loss_stops_with_step_term_and_checkpoint(tmp_path, term, capsys, monkeypatch):
     method = "generator_step" if term == "gan" else "discriminator_step"
-    original, calls = getattr(Trainer, method), []
+    original, calls = getattr(TrainingStep, method), []
 
     def broken(self, *args):
         terms = original(self, *args)
         calls.append(1)
         return {**terms, term: torch.tensor(float("nan"))} if len(calls) == 3 else terms
 
-    monkeypatch.setattr(Trainer, method, broken)
+    monkeypatch.setattr(TrainingStep, method, broken)
     argv = [a for name, v in TINY.items() if not isinstance(v, bool) for a in (cfg.flag(name), str(v))]
     code = main([*argv, "--no-tensorboard", "--out", str(tmp_path / "run"), "--save-every", "2"])
     error = capsys.readouterr().err

@@ -45,7 +45,7 @@ class ConvEncoder(nn.Module):
         return self.fc_mu(x), self.fc_var(x)
 
 
-def reparameterize(mu: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Sample z ~ N(mu, exp(logvar)), differentiably: [N, z_dim]."""
-    noise = torch.randn(mu.shape, dtype=mu.dtype, device=mu.device, generator=generator)
+def reparameterize(mu: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Sample z ~ N(mu, exp(logvar)), differentiably: [N, z_dim]. noise: standard normal, drawn if None."""
+    noise = torch.randn_like(mu) if noise is None else noise
     return mu + noise * torch.exp(0.5 * logvar)
