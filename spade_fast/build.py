@@ -86,20 +86,23 @@ class Parameters:
 
     def key(self) -> str:
         """Hash of the parameters and of the sources."""
-        return hashlib.sha256(f"{dataclasses.astuple(self)} {sources_hash()}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{dataclasses.astuple(self)} {sources_hash(bool(self.nvcc))}".encode()).hexdigest()[:16]
 
     def stamp(self) -> dict:
         """What is written beside the library, for loading and for `spade_fast.info`."""
-        return {**dataclasses.asdict(self), "sources": sources_hash()}
+        return {**dataclasses.asdict(self), "sources": sources_hash(bool(self.nvcc))}
 
 
-def sources_hash() -> str:
-    """Hash of every file of csrc."""
+def sources_hash(cuda: bool) -> str:
+    """Hash of the files of csrc that an extension with or without CUDA kernels is made of."""
     digest = hashlib.sha256()
     for path in sorted(csrc().glob("*.*")):
-        if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
+        if path.suffix in (".cpp", ".h") + ((".cu", ".cuh") if cuda else ()) and (cuda or path.name not in _CUDA_ONLY):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+_CUDA_ONLY = ("cuda_bindings.cpp", "launchers.h")
 
 
 def parameters(cuda: bool = True) -> Parameters:
@@ -150,7 +153,7 @@ def ninja_file(p: Parameters, library: Path) -> str:
         link += [f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         files += sorted(source.glob("*.cu"))
     else:
-        files = [f for f in files if not f.name.startswith("cuda_")]
+        files = [f for f in files if f.name not in _CUDA_ONLY]
     include = " ".join(f"-isystem {_escape(i)}" if i != source else f"-I{_escape(i)}" for i in includes)
     lines = [
         "ninja_required_version = 1.5",

@@ -57,7 +57,7 @@ def _open(library: Path) -> dict:
     version = torch.__version__.partition("+")[0]
     if stamp["torch_version"] != version:
         raise RuntimeError(f"{library} was built for torch {stamp['torch_version']}, this is torch {version}")
-    if stamp["sources"] != build.sources_hash():
+    if stamp["sources"] != build.sources_hash(bool(stamp["nvcc"])):
         raise RuntimeError(f"{library} was built from other sources than those in {build.csrc()}")
     torch.ops.load_library(str(library))
     return {**stamp, "path": str(library)}

@@ -59,7 +59,7 @@ def test_without_nvcc_only_the_cpp_sources_are_compiled(monkeypatch, tmp_path):
         for line in text.splitlines()
         if line.startswith("build ") and ".cpp" in line.split(":")[0]
     }
-    assert compiled == {name for name in sources if not name.startswith("cuda_")}
+    assert compiled == {name for name in sources if name not in build._CUDA_ONLY}
     assert "SPADE_FAST_CUDA" not in text
 
 
@@ -162,6 +162,6 @@ def test_several_processes_build_once(tmp_path):
     assert len(libraries) == 1
     library = Path(libraries.pop())
     assert json.loads(library.with_suffix(".json").read_text())["cxx_version"] == "counting 1.0"
-    compiled = [f for f in (ROOT / "csrc").glob("*.cpp") if not f.name.startswith("cuda_")]
+    compiled = [f for f in (ROOT / "csrc").glob("*.cpp") if f.name not in build._CUDA_ONLY]
     assert (tmp_path / "calls").read_text().count("x") == len(compiled) + 1  # and one link
     assert not list(library.parent.glob("build-*"))
