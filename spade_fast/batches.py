@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from spade_fast import data
-from spade_fast.building import label_map
+from spade_fast.building import label_map, open_dataset
 from spade_fast.config import TrainConfig
 from spade_fast.label_map import LabelMap
 from spade_fast.models import SPADEGenerator
@@ -42,7 +43,7 @@ def collate(items: list, num_classes: int, sizes: list[tuple[int, int]], kernel_
     fault = next((item for item in items if isinstance(item, data.DataError)), None)
     if fault is not None:
         return fault
-    batch = default_collate([{k: v for k, v in item.items() if k != "path"} for item in items])
+    batch = _stack(items)
     labels = label_map(batch, num_classes, torch.device("cpu"))
     labels.build(sizes, kernel_size, backward=True)
     return labels, batch["image"].contiguous(memory_format=torch.channels_last)
@@ -94,3 +95,30 @@ def load(
                 labels, image = item
                 yield labels.to(ranks.device, non_blocking=True), image.to(ranks.device, non_blocking=True)
         order.epoch, order.start = order.epoch + 1, 0
+
+
+def recalibration_maps(config: TrainConfig, ranks: Ranks) -> list[LabelMap]:
+    """This process's parts of the batches that set the averaged generator's statistics: label maps spread over the
+    training set, in the crops of the first epoch.
+
+    Raises DataError when not one of its files can be used; single ones are left to training to report.
+    """
+    dataset = open_dataset(config, "train", need_images=False)
+    size, (first, last) = config.batch_size, ranks.part(config.batch_size)
+    count = max(1, min(config.ema_samples, len(dataset)) // size)  # batches, the same number in every process
+    wanted = [b * size + i for b in range(count) for i in range(first, last)]
+    items, fault = [], None
+    for i in wanted:
+        try:
+            items.append(dataset[i * len(dataset) // (count * size)])
+        except data.DataError as e:
+            fault = e
+    if not items:
+        raise fault
+    items = list(itertools.islice(itertools.cycle(items), len(wanted)))
+    parts = [items[b * (last - first) : (b + 1) * (last - first)] for b in range(count)]
+    return [label_map(_stack(part), dataset.num_classes, torch.device("cpu")) for part in parts]
+
+
+def _stack(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return default_collate([{k: v for k, v in item.items() if k != "path"} for item in items])

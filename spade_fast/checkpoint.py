@@ -16,6 +16,7 @@ from spade_fast.models import ConvEncoder, SPADEGenerator
 from spade_fast.spectral import EPS
 
 FORMAT = "spade_fast.checkpoint/1"
+WEIGHTS = ("auto", "ema", "last")
 RELEASED = "released: COCO-Stuff, ADE20K crop_size=256, 'normal'; Cityscapes crop_size=512, aspect_ratio=2, 'more'"
 
 
@@ -156,25 +157,33 @@ def _load_strictly(net: torch.nn.Module, state: Mapping[str, Tensor], path: Path
         raise CheckpointError(f"{path} does not fit a {type(net).__name__}({given}): {first}{more}") from None
 
 
-def load_generator(path: str | Path, **overrides) -> SPADEGenerator:
+def load_generator(path: str | Path, weights: str = "auto", **overrides) -> SPADEGenerator:
     """A generator in evaluation mode from a checkpoint, a run directory, or a released ``*_net_G.pth``.
 
     Args:
         path: checkpoint file, run directory (its newest checkpoint), or the bare state dict of the authors' format,
             from which label channels, ngf, kernel size, latent size and ``most`` upsampling are read off the tensors.
+        weights: ``ema`` for the moving average, ``last`` for the weights as trained last; ``auto`` takes the average
+            where the checkpoint has one.
         overrides: options of :class:`SPADEGenerator`; a bare state dict cannot tell crop_size, ``normal`` from
             ``more`` upsampling, aspect_ratio (1 unless given), or ``instance`` from ``none``.
 
     Raises:
-        CheckpointError: unreadable, not a generator, or an option that only an argument can tell is not given.
+        CheckpointError: unreadable, not a generator, without the weights asked for, or an option that only an argument
+            can tell is not given.
     """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     path = resolve(path)
     loaded = safe_load(path)
+    if weights == "ema" and not (isinstance(loaded, Mapping) and "ema" in loaded):
+        raise CheckpointError(f"{path} holds no moving average of the generator's weights")
     if _is_state_dict(loaded):
         state = loaded
         options = _infer_generator_options(_strip(loaded), overrides, path)
     elif isinstance(loaded, Mapping) and loaded.get("format") == FORMAT:
-        state, options = loaded["generator"]["state_dict"], {**loaded["generator"]["options"], **overrides}
+        part = loaded["ema" if weights != "last" and "ema" in loaded else "generator"]
+        state, options = part["state_dict"], {**part["options"], **overrides}
     else:
         raise CheckpointError(f"{path} is neither a checkpoint of this package ({FORMAT}) nor a bare state dict")
     net = SPADEGenerator(**options)

@@ -110,6 +110,8 @@ class TrainConfig:
     ttur: bool = _option(True, "two time-scale learning rates")
     beta1: float | None = _option(None, "Adam's beta1 (default: 0 with ttur, else 0.5)")
     beta2: float | None = _option(None, "Adam's beta2 (default: 0.9 with ttur, else 0.999)")
+    ema: float = _option(0.9999, "decay of the moving average of the generator's weights; 0 keeps none")
+    ema_samples: int = _option(256, "label maps that set the average's batch-norm statistics before it is used")
     max_minutes: float | None = _option(None, "save and stop after so many minutes of training in this process")
 
     # Speed and memory
@@ -253,14 +255,14 @@ def _check(c: TrainConfig) -> None:
 
     for name in (
         *("ngf", "ndf", "batch_size", "accumulate", "n_layers_d", "num_d", "save_every", "keep", "log_every"),
-        "num_samples",
+        *("num_samples", "ema_samples"),
     ):
         need(getattr(c, name) >= 1, name, "at least 1")
     for name in ("lambda_feat", "lambda_vgg", "lambda_kl", "lambda_l1", "workers", "sample_every", "seed"):
         need(getattr(c, name) >= 0, name, "0 or more")
     for name in ("z_dim", "num_classes", "synthetic_size", "steps", "epochs", "max_minutes", "aspect_ratio", "lr"):
         need(getattr(c, name) is None or getattr(c, name) > 0, name, "above 0")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "ema"):
         need(0 <= getattr(c, name) < 1, name, "in [0, 1)")
     need(c.decay_from is None or c.decay_from >= 0, "decay_from", "0 or more")
     if c.steps is None and c.epochs is None:

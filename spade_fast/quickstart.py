@@ -17,6 +17,7 @@ from spade_fast.trainer import Trainer
 def l1_to_real(trainer: Trainer) -> float:
     """Mean absolute difference of the fixed validation samples' synthesized and true images, in [0, 2]."""
     real = torch.stack([sample["image"] for sample in trainer.fixed])
+    trainer.recalibrate()
     return (trainer.synthesize_fixed() - real).abs().mean().item()
 
 
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         lr=1e-3,  # a small network and few steps bear more than the paper's
         lambda_vgg=0.0,
         lambda_l1=60.0,
+        ema_samples=32,
         max_minutes=args.minutes,
         workers=1,
         sample_every=200,

@@ -73,8 +73,8 @@ class Ranks:
     def parallel(self, net: nn.Module) -> nn.Module:
         """The network with gradients averaged over processes while backward runs; itself if there is one process.
 
-        Every process starts from rank 0's. Later, buffers need no broadcast: spectral norm's vectors are functions of weights, which are equal everywhere, and
-        synchronised running statistics are equal by construction.
+        Every process starts from rank 0's. Later, buffers need no broadcast: spectral norm's vectors are functions of
+        weights, which are equal everywhere, and synchronised running statistics are equal by construction.
         """
         if self.world == 1:
             return net

@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 
 from spade_fast import data, models, pictures
 from spade_fast.building import label_map, pick_device
-from spade_fast.checkpoint import FORMAT, CheckpointError, load_encoder, load_generator, resolve, safe_load
+from spade_fast.checkpoint import FORMAT, WEIGHTS, CheckpointError, load_encoder, load_generator, resolve, safe_load
 from spade_fast.config import ConfigError, parse
 from spade_fast.data.reading import read_image
 from spade_fast.data.transforms import image_to_tensor
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> Path:
         for name in ("crop_size", "aspect_ratio", "num_upsampling_layers", "norm")
         if getattr(args, name) is not None
     }
-    generator = load_generator(args.checkpoint, **overrides).to(device)
+    generator = load_generator(args.checkpoint, args.weights, **overrides).to(device)
     z_dim = generator.options["z_dim"]
     if z_dim is None and (args.samples > 1 or args.style_image):
         option = f"--samples {args.samples}" if args.samples > 1 else "--style-image"
@@ -182,6 +182,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--checkpoint", required=True, help="run directory, checkpoint, or released *_net_G.pth")
     p.add_argument("--out", type=Path, required=True, help="directory for the images and contact_sheet.png")
+    p.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="auto",
+        help="moving average, or last; auto: the average if there is one",
+    )
     p.add_argument("--dataset", choices=data.DATASETS, help="kind of dataset (default: the checkpoint's)")
     p.add_argument("--dataroot", help="root directory of the dataset")
     p.add_argument("--phase", choices=("train", "val"), default="val", help="part of the dataset (default: val)")

@@ -79,6 +79,8 @@ class Trainer:
         self.step = self.epoch = self.batch = 0  # steps done; where the next batch is
         self.lost = 0  # consecutive steps with a loss that is not finite
         self.saved_step: int | None = None
+        self._recalibrated: int | None = None  # the step at which the average's statistics were last set
+        self._recalibration_maps: list[LabelMap] | None = None
         self.last_checkpoint = None
         self.notes: list[str] = []  # for the user, once the progress bar is there
         if resume:
@@ -190,7 +192,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """The checkpoint: see `spade_fast.checkpoint`."""
-        nets = {name: {"options": net.options, "state_dict": net.state_dict()} for name, net in self.nets.items()}
+        nets = {name: {"options": net.options, "state_dict": net.state_dict()} for name, net in self._all_nets()}
         training = {
             "config": dataclasses.asdict(self.config),
             "step": self.step,
@@ -206,7 +208,8 @@ class Trainer:
         """Writes a checkpoint unless this step has one. Raises NonFiniteError rather than save broken weights."""
         if self.step == self.saved_step:
             return
-        for name, net in self.nets.items():  # in every process: all are to stop
+        self.recalibrate()
+        for name, net in self._all_nets():  # in every process: all are to stop
             for key, value in net.state_dict().items():
                 if value.is_floating_point() and not torch.isfinite(value).all():
                     raise self._non_finite(f"the {name}'s {key} is not finite", self.step)
@@ -214,6 +217,30 @@ class Trainer:
             self.directory.save(self.step, self.state(), self.config.keep)
         self.last_checkpoint = checkpoint_path(self.directory.path, self.step)
         self.saved_step = self.step
+
+    def _all_nets(self) -> list[tuple[str, torch.nn.Module]]:
+        ema = [("ema", self.training.ema.net)] if self.training.ema is not None else []
+        return [*self.nets.items(), *ema]
+
+    def recalibrate(self) -> None:
+        """Sets the statistics of the averaged generator, from label maps spread over the training set (in the crops of
+        the first epoch). Every process does a part of each batch."""
+        if self.training.ema is None or self._recalibrated == self.step:
+            return
+        c, size = self.config, self.config.batch_size
+        if self._recalibration_maps is None:
+            self._recalibration_maps = batches.recalibration_maps(c, self.ranks)
+        first, last = self.ranks.part(size)
+        noise = torch.Generator().manual_seed(c.seed)
+
+        def parts():
+            for labels in self._recalibration_maps:
+                z = None if c.z_dim is None else torch.randn(size, c.z_dim, generator=noise)[first:last].to(self.device)
+                yield labels[:].to(self.device), z  # a new one: patterns of hundreds of maps are not to be kept
+
+        with self.training.autocast():
+            self.training.ema.recalibrate(parts())
+        self._recalibrated = self.step
 
     def _restore(self) -> None:
         loaded = self.directory.load_newest()
@@ -231,8 +258,9 @@ class Trainer:
                     f"--resume: {flag(name)} is {getattr(self.config, name)!r}, but {path} was trained with "
                     f"{before[name]!r}"
                 )
-        for name, net in self.nets.items():
-            net.load_state_dict(state[name]["state_dict"])
+        for name, net in self._all_nets():
+            # A run that kept no average before starts one from its weights.
+            net.load_state_dict(state[name if name in state else "generator"]["state_dict"])
         self.training.load_state(training)
         self.step, self.epoch, self.batch = training["step"], training["epoch"], training["batch"]
         if training["dataset_size"] != len(self.dataset):
@@ -259,22 +287,23 @@ class Trainer:
 
     @torch.no_grad()
     def synthesize_fixed(self) -> Tensor:
-        """Images [N, 3, H, W] of the fixed samples, with the statistics and noise of evaluation. Draws no random
-        number from the state that training uses."""
-        noise = torch.Generator().manual_seed(self.config.seed)
-        self.generator.eval()
+        """Images [N, 3, H, W] of the fixed samples, by the averaged generator (the trained one if there is none), with
+        the statistics and noise of evaluation. Draws no random number from the state that training uses."""
+        ema, noise = self.training.ema, torch.Generator().manual_seed(self.config.seed)
+        net = (self.generator if ema is None else ema.net).eval()
         images = []
         for sample in self.fixed:
             labels = label_map(default_collate([sample]), self.dataset.num_classes, self.device)
             z = None
             if self.config.z_dim is not None:
                 z = torch.randn(1, self.config.z_dim, generator=noise).to(self.device)
-            images.append(self.generator(labels, z).cpu())
+            images.append(net(labels, z).cpu())
         self.generator.train()
         return torch.cat(images)
 
     def draw_samples(self) -> Path | None:
         """Writes samples/step_{step:08d}.png, label map, synthesized, real, and returns its path; rank 0 does."""
+        self.recalibrate()
         if not self.ranks.is_main:
             return None
         rows, names = [], []

@@ -15,6 +15,7 @@ from torch.profiler import record_function
 
 from spade_fast import losses, models
 from spade_fast.config import ConfigError, TrainConfig
+from spade_fast.ema import EMA
 from spade_fast.label_map import LabelMap
 from spade_fast.ranks import Ranks, no_sync
 from spade_fast.spectral import hold_power_iteration
@@ -72,6 +73,7 @@ class TrainingStep:
             self.generator.compile()
             self.discriminator.compile()
         self._parallel = {name: ranks.parallel(net) for name, net in nets.items()} if ranks.world > 1 else {}
+        self.ema = EMA(self.generator, config.ema) if config.ema > 0 else None
         self.base_lrs = config.lrs()
         trained = [p for name, net in nets.items() if name != "discriminator" for p in net.parameters()]
         options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "fused": self.device.type in FUSED_ADAM}
@@ -92,7 +94,11 @@ class TrainingStep:
     def __call__(self, labels: LabelMap, image: Tensor, step: int) -> dict[str, Tensor]:
         """Both updates of iteration `step`; the weighted losses, detached, still on the device."""
         self.draw_noise(step)
-        return {**self.generator_step(labels, image), **self.discriminator_step(labels, image)}
+        terms = {**self.generator_step(labels, image), **self.discriminator_step(labels, image)}
+        if self.ema is not None:
+            with record_function("optimiser"):
+                self.ema.update(step)
+        return terms
 
     def draw_noise(self, step: int) -> None:
         """The latent noise of an iteration: of the whole batch, from (seed, step) alone, so that neither a resume nor
@@ -147,7 +153,7 @@ class TrainingStep:
                         stack.enter_context(no_sync(self._parallel[name]))
             yield
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
     def _backward(self, name: str, terms: dict[str, Tensor]) -> None:
@@ -170,7 +176,7 @@ class TrainingStep:
         total: dict[str, Tensor] = {}
         for part in self._parts(labels, image):
             with self._micro_batch(part, "generator", "encoder"):
-                with self._autocast():
+                with self.autocast():
                     with record_function("generator"):
                         fake, kl = self.generate(part.labels, part.image, self._noise_of(0, part))
                     fake_features, real_features = self._discriminate(self.discriminator, part, fake)
@@ -203,7 +209,7 @@ class TrainingStep:
         total: dict[str, Tensor] = {}
         for i, part in enumerate(self._parts(labels, image)):
             with self._micro_batch(part, "discriminator"):
-                with self._autocast():
+                with self.autocast():
                     if self._fakes:
                         fake = self._fakes[i]
                     else:
