@@ -1,0 +1,489 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of modulation, in two passes over x and dout with two small sums a channel between them. Channels-last.
+//
+//     out = act(z), z = xhat (1 + gamma) + beta, xhat = (x - mean) rstd          (z is recomputed from x)
+//     pass 1  dz = dout act'(z);  dbeta_p = Σ dz, dgamma_p = Σ dz xhat            over the pixels of pattern p
+//     between s1 = Σ_p (1 + gamma_p) dbeta_p, s2 = Σ_p (1 + gamma_p) dgamma_p     per channel (and sample)
+//     pass 2  dx = rstd (Σ dz (1 + gamma) - s1/count - xhat s2/count)             count elements of x a group
+//
+// s1 and s2 are the sums over pixels of dxhat and dxhat·xhat, which the statistics' own dependence on x needs.
+#include <initializer_list>
+
+#include "modulation.cuh"
+#include "reduce.cuh"
+#include "segments.cuh"
+
+namespace spade_fast {
+namespace {
+
+constexpr int kTarget = 1024;     // blocks wanted where each has a range: about what a large GPU holds at once
+constexpr int kGather = 4;        // channels of a thread in pass 1 by patterns
+constexpr int kPixels = 2;        // of x a thread has in pass 2 when nothing is enlarged
+
+// dz: the gradient through LeakyReLU at z = xhat·scale + beta.
+__device__ __forceinline__ float gate(float dout, float xhat, float scale, float beta, float slope) {
+  return xhat * scale + beta > 0.0f ? dout : dout * slope;
+}
+
+// ---- pass 1, by patterns ----
+
+// scale = 1 + gamma and beta of pattern `key` for VEC channels.
+template <typename P, int VEC>
+__device__ __forceinline__ void load_pattern(const P* params, int32_t key, uint32_t c, uint32_t column,
+                                             float (&scale)[VEC], float (&beta)[VEC]) {
+  Vector<P, VEC> g, b;
+  const P* const from = params + int64_t(key) * 2 * c + column;
+  g.load(from);
+  b.load(from + c);
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) scale[i] = 1.0f + g.get(i), beta[i] = b.get(i);
+}
+
+// A piece of the sorted positions, VEC channels a thread: [dgamma | dbeta] of each output, to `to`.
+template <typename T, typename P, int VEC, int M>
+__global__ void __launch_bounds__(kThreads, 2) pattern_sums_kernel(ModulationInputs<T, P> a, const T* dout0,
+                                                                   const T* dout1, const int32_t* order,
+                                                                   FastDiv by_image, FastDiv by_wo, SegmentSums to,
+                                                                   RowTiling tiling) {
+  constexpr int kAhead = M == 1 ? 4 : 2;
+  const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
+  const uint32_t index = blockIdx.x * tiling.rows + row;
+  if (row >= tiling.rows || column >= a.c || index >= to.pieces) return;
+  const bool lead = column == 0;
+  Piece piece(to, index);
+
+  float dgamma[M][VEC], dbeta[M][VEC], scale[M][VEC], beta[M][VEC], mean[VEC], rstd[VEC];
+  load_or(mean, a.mean == nullptr ? nullptr : a.mean + column, 0.0f);
+  load_or(rstd, a.mean == nullptr ? nullptr : a.rstd + column, 1.0f);
+  int32_t current = -1;
+  uint32_t group = 0;
+  const auto flush = [&] {
+    const int64_t slot = piece.slot(to, current, lead);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      store_sum(to, slot, current, m * to.width + column, dgamma[m]);
+      store_sum(to, slot, current, m * to.width + a.c + column, dbeta[m]);
+    }
+  };
+
+  const int64_t last = piece.hi - 1;
+  int32_t next[kAhead];
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) next[j] = __ldg(order + min(piece.lo + j, last));
+  for (int64_t i = piece.lo; i < piece.hi; i += kAhead) {
+    int32_t key[kAhead];
+    uint32_t image[kAhead];
+    Vector<T, VEC> x[kAhead], dout[M][kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const uint32_t entry = uint32_t(next[j]);
+      key[j] = i + j < piece.hi ? __ldg(a.ids + entry) : -1;
+      int64_t pixel = entry;
+      image[j] = 0;
+      if (a.upsample != 1 || a.group_stride != 0) {
+        const uint32_t n = by_image.div(entry), rest = entry - n * by_image.divisor;
+        image[j] = n;
+        const uint32_t y = by_wo.div(rest), xx = rest - y * by_wo.divisor;
+        if (a.upsample != 1) pixel = int64_t(n) * a.pixels + (y >> 1) * a.w + (xx >> 1);
+      }
+      x[j].load(a.x + pixel * a.c + column);
+      dout[0][j].load(dout0 + int64_t(entry) * a.c + column);
+      if (M == 2) dout[M - 1][j].load(dout1 + int64_t(entry) * a.c + column);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) next[j] = __ldg(order + min(i + kAhead + j, last));
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (key[j] < 0) continue;
+      if (key[j] != current) {
+        if (current >= 0) flush();
+        current = key[j];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          fill(dgamma[m], 0.0f);
+          fill(dbeta[m], 0.0f);
+          load_pattern(a.params(m), current, a.c, column, scale[m], beta[m]);
+        }
+      }
+      if (a.group_stride != 0 && image[j] != group) {
+        group = image[j];
+        load_or(mean, a.mean + group * a.group_stride + column, 0.0f);
+        load_or(rstd, a.rstd + group * a.group_stride + column, 1.0f);
+      }
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) {
+        const float xhat = (x[j].get(v) - mean[v]) * rstd[v];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          const float dz = gate(dout[m][j].get(v), xhat, scale[m][v], beta[m][v], a.slope(m));
+          dgamma[m][v] += dz * xhat;
+          dbeta[m][v] += dz;
+        }
+      }
+    }
+  }
+  if (current >= 0) flush();
+  piece.finish(to, lead);
+}
+
+// Block (range of patterns, columns, group): dparams from sums where they differ, zeros for patterns without pixels,
+// and, if asked, this range's s1 and s2: row (group, range) of parts [groups, ranges, 2, c].
+template <typename P, int VEC>
+__global__ void __launch_bounds__(kThreads) pattern_finish_kernel(
+    const P* params0, const P* params1, const float* sums0, const float* sums1, P* dparams0, P* dparams1, int outputs,
+    uint32_t patterns, uint32_t c, const int32_t* order, const int32_t* offsets, FastDiv by_image, uint32_t span,
+    RowTiling tiling, float* parts) {
+  const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
+  const uint32_t lo = blockIdx.x * span, hi = min(lo + span, patterns);
+  float s1[VEC], s2[VEC];
+  fill(s1, 0.0f);
+  fill(s2, 0.0f);
+  if (row < tiling.rows && column < c) {
+    for (uint32_t p = lo + row; p < hi; p += tiling.rows) {
+      const int32_t first = offsets[p];
+      const bool none = first == offsets[p + 1];
+      if (gridDim.z > 1) {  // a pattern's pixels are of one image
+        const uint32_t image = none ? 0 : by_image.div(uint32_t(__ldg(order + first)));
+        if (image != blockIdx.z) continue;
+      }
+      const int64_t at = int64_t(p) * 2 * c + column;
+#pragma unroll 1
+      for (int m = 0; m < outputs; ++m) {
+        P* const to = (m == 0 ? dparams0 : dparams1) + at;
+        const float* const from = (m == 0 ? sums0 : sums1) + at;
+        float dgamma[VEC], dbeta[VEC];
+        if (none) {
+          fill(dgamma, 0.0f);
+          fill(dbeta, 0.0f);
+        } else {
+          load_or(dgamma, from, 0.0f);
+          load_or(dbeta, from + c, 0.0f);
+        }
+        if (none || sizeof(P) != sizeof(float)) {
+          store_floats<P, VEC>(to, dgamma);
+          store_floats<P, VEC>(to + c, dbeta);
+        }
+        if (parts == nullptr) continue;
+        Vector<P, VEC> gamma;
+        gamma.load((m == 0 ? params0 : params1) + at);
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          s1[v] += (1.0f + gamma.get(v)) * dbeta[v];
+          s2[v] += (1.0f + gamma.get(v)) * dgamma[v];
+        }
+      }
+    }
+  }
+  if (parts == nullptr) return;
+  float* const to = parts + (int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * 2 * c;
+  sum_block_rows(s1, tiling, c, to);
+  sum_block_rows(s2, tiling, c, to + c);
+}
+
+// ---- pass 1, dense ----
+
+// Block (range of an image's pixels of x, columns): dparams of its pixels, and row (n, range) of parts [.., 2, c].
+template <typename T, typename P, int VEC>
+__global__ void __launch_bounds__(kThreads, 2) dense_sums_kernel(ModulationInputs<T, P> a, const T* dout0, const T* dout1,
+                                                              P* dparams0, P* dparams1, uint32_t span,
+                                                              FastDiv by_ranges, RowTiling tiling, float* parts) {
+  const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
+  const uint32_t n = by_ranges.div(blockIdx.x), lo = (blockIdx.x - n * by_ranges.divisor) * span;
+  const uint32_t hi = min(lo + span, a.pixels);
+  float s1[VEC], s2[VEC];
+  fill(s1, 0.0f);
+  fill(s2, 0.0f);
+  if (row < tiling.rows && column < a.c) {
+    float mean[VEC], rstd[VEC];
+    const int64_t group = n * a.group_stride + column, image = int64_t(n) * a.pixels;
+    load_or(mean, a.mean == nullptr ? nullptr : a.mean + group, 0.0f);
+    load_or(rstd, a.mean == nullptr ? nullptr : a.rstd + group, 1.0f);
+    for (uint32_t pixel = lo + row; pixel < hi; pixel += tiling.rows) {
+      Vector<T, VEC> x;
+      x.load(a.x + (image + pixel) * a.c + column);
+      const Positions<0, 1> at(a, pixel, 1);
+#pragma unroll 1
+      for (int k = 0; k < at.rounds * a.outputs; ++k) {
+        const int m = k >= at.rounds;
+        const int64_t to = image * at.rounds + at.output(m == 0 ? k : k - at.rounds, 0);
+        Vector<T, VEC> dout;
+        Vector<P, VEC> gamma, beta;
+        dout.load((m == 0 ? dout0 : dout1) + to * a.c + column);
+        gamma.load(a.params(m) + to * 2 * a.c + column);
+        beta.load(a.params(m) + (to * 2 + 1) * a.c + column);
+        float dgamma[VEC], dz[VEC];
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          const float xhat = (x.get(v) - mean[v]) * rstd[v], scale = 1.0f + gamma.get(v);
+          dz[v] = gate(dout.get(v), xhat, scale, beta.get(v), a.slope(m));
+          dgamma[v] = dz[v] * xhat;
+          s1[v] += dz[v] * scale;
+          s2[v] += dz[v] * scale * xhat;
+        }
+        P* const dparams = (m == 0 ? dparams0 : dparams1) + to * 2 * a.c + column;
+        store_floats<P, VEC>(dparams, dgamma);
+        store_floats<P, VEC>(dparams + a.c, dz);
+      }
+    }
+  }
+  if (parts == nullptr) return;
+  float* const to = parts + int64_t(blockIdx.x) * 2 * a.c;
+  sum_block_rows(s1, tiling, a.c, to);
+  sum_block_rows(s2, tiling, a.c, to + a.c);
+}
+
+// ---- pass 2 ----
+
+// sums [groups, 2, c] = s1/count, s2/count, or null: mean and rstd are constants.
+template <typename T, typename P, int VEC, bool DENSE, int UP>
+__global__ void __launch_bounds__(kThreads, 2) input_gradient_kernel(ModulationInputs<T, P> a, const T* dout0,
+                                                                     const T* dout1, const float* sums, T* dx,
+                                                                     RowTiling tiling, FastDiv by_tiles) {
+  using Walk = Positions<UP, kPixels>;
+  const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
+  if (row >= tiling.rows || column >= a.c) return;
+  const uint32_t n = by_tiles.div(blockIdx.x), tile = blockIdx.x - n * by_tiles.divisor;
+  const Walk at(a, tile * tiling.rows * Walk::kInputs + row, tiling.rows);
+  const int64_t image = int64_t(n) * a.pixels, out_image = image * (at.up * at.up);  // their first pixels
+
+  Vector<T, VEC> x[Walk::kInputs];
+#pragma unroll
+  for (int i = 0; i < Walk::kInputs; ++i) {
+    if (at.inside(i)) x[i].load(a.x + (image + at.input(i)) * a.c + column);
+  }
+  float mean[VEC], rstd[VEC], grad[Walk::kInputs][VEC];
+  const int64_t group = n * a.group_stride + column;
+  load_or(mean, a.mean == nullptr ? nullptr : a.mean + group, 0.0f);
+  load_or(rstd, a.mean == nullptr ? nullptr : a.rstd + group, 1.0f);
+#pragma unroll
+  for (int i = 0; i < Walk::kInputs; ++i) fill(grad[i], 0.0f);
+#pragma unroll 1
+  for (int round = 0; round < at.rounds; ++round) {
+    int id[Walk::kItems];
+#pragma unroll
+    for (int i = 0; i < Walk::kItems; ++i) {
+      id[i] = !DENSE && at.inside(i) ? __ldg(a.ids + out_image + at.output(round, i)) : 0;
+    }
+#pragma unroll 1
+    for (int m = 0; m < a.outputs; ++m) {
+      const P* const params = a.params(m) + column;
+      const T* const douts = (m == 0 ? dout0 : dout1) + column;
+      const float slope = a.slope(m);
+      Vector<T, VEC> dout[Walk::kItems];
+#pragma unroll
+      for (int i = 0; i < Walk::kItems; ++i) {
+        if (at.inside(i)) dout[i].load(douts + (out_image + at.output(round, i)) * a.c);
+      }
+#pragma unroll
+      for (int i = 0; i < Walk::kItems; ++i) {
+        if (!at.inside(i)) break;
+        const int64_t line = DENSE ? out_image + at.output(round, i) : int64_t(id[i]);
+        Vector<P, VEC> gamma, beta;
+        gamma.load(params + line * 2 * a.c);
+        beta.load(params + (line * 2 + 1) * a.c);
+        constexpr int kOne = UP == 1;
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          const float xhat = (x[kOne * i].get(v) - mean[v]) * rstd[v], scale = 1.0f + gamma.get(v);
+          grad[kOne * i][v] += gate(dout[i].get(v), xhat, scale, beta.get(v), slope) * scale;
+        }
+      }
+    }
+  }
+  float s1[VEC], s2[VEC];
+  const int64_t of_group = n * a.group_stride * 2 + column;
+  load_or(s1, sums == nullptr ? nullptr : sums + of_group, 0.0f);
+  load_or(s2, sums == nullptr ? nullptr : sums + of_group + a.c, 0.0f);
+#pragma unroll
+  for (int i = 0; i < Walk::kInputs; ++i) {
+    if (!at.inside(i)) break;
+    float out[VEC];
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) {
+      const float xhat = (x[i].get(v) - mean[v]) * rstd[v];
+      out[v] = rstd[v] * (grad[i][v] - s1[v] - xhat * s2[v]);
+    }
+    store_floats<T, VEC>(dx + (image + at.input(i)) * a.c + column, out);
+  }
+}
+
+// ---- the host's part ----
+
+size_t padded(size_t bytes) { return ceil_div<size_t>(bytes, 256) * 256; }
+
+// The workspace's parts, in order.
+struct Workspace {
+  int64_t positions, ranges;  // sorted positions; rows of parts a group
+  SegmentPlan plan;
+  size_t sums_bytes, plan_bytes, parts_bytes, channel_bytes;
+
+  explicit Workspace(const spade_fast_modulation_args& a)
+      : positions(a.n * a.h * a.w * a.upsample * a.upsample),
+        ranges(!a.dense ? std::max<int64_t>(128, kTarget / std::max<int64_t>(a.groups, 1))
+                                : ceil_div<int64_t>(kTarget, std::max<int64_t>(a.n, 1)) * a.n),
+        plan(positions, 2 * a.c * a.outputs, ceil_div<int64_t>(a.c, kGather)) {
+    const bool by_pattern = !a.dense, in_place = a.params_dtype == SPADE_FAST_FLOAT32;
+    sums_bytes = by_pattern && !in_place ? padded(size_t(a.outputs * a.patterns * 2 * a.c) * sizeof(float)) : 0;
+    plan_bytes = by_pattern ? plan.bytes() : 0;
+    parts_bytes = padded(size_t((by_pattern ? std::max<int64_t>(a.groups, 1) : 1) * ranges * 2 * a.c) * sizeof(float));
+    channel_bytes = padded(size_t(std::max<int64_t>(a.groups, 1) * 2 * a.c) * sizeof(float));
+  }
+  size_t bytes() const { return sums_bytes + plan_bytes + parts_bytes + channel_bytes; }
+};
+
+struct Call {
+  const spade_fast_modulation_args& a;
+  const void* const* douts;
+  const int32_t *order, *offsets;
+  bool stats;
+  void* dx;
+  void* const* dparams;
+  char* workspace;
+  cudaStream_t stream;
+};
+
+template <typename T>
+const T* dout(const Call& call, int m) {
+  return static_cast<const T*>(call.douts[m]);
+}
+
+template <typename T, typename P, int VEC, int M>
+cudaError_t run_pattern_sums(const Call& call, const SegmentSums& to) {
+  const spade_fast_modulation_args& a = call.a;
+  const RowTiling tiling(a.c / VEC);
+  if (tiling.blocks > 65535) return cudaErrorInvalidValue;
+  const int64_t wo = a.w * a.upsample, image = a.h * a.upsample * wo;
+  SPADE_FAST_RUN((pattern_sums_kernel<T, P, VEC, M>), dim3(ceil_div(to.pieces, tiling.rows), tiling.blocks),
+                 call.stream, ModulationInputs<T, P>(a), dout<T>(call, 0), dout<T>(call, M - 1), call.order,
+                 FastDiv(uint32_t(image)), FastDiv(uint32_t(wo)), to, tiling);
+  return cudaSuccess;
+}
+
+template <typename P, int VEC>
+cudaError_t run_pattern_finish(const Call& call, const SegmentSums& sums, float* parts, int64_t groups, int64_t most,
+                               int64_t* ranges) {
+  const spade_fast_modulation_args& a = call.a;
+  const RowTiling tiling(a.c / VEC);
+  const int64_t span = ceil_div<int64_t>(ceil_div(a.patterns, most), tiling.rows) * tiling.rows;
+  *ranges = ceil_div(a.patterns, span);
+  if (tiling.blocks > 65535 || groups > 65535) return cudaErrorInvalidValue;
+  const int last = a.outputs - 1;
+  SPADE_FAST_RUN((pattern_finish_kernel<P, VEC>),
+                 dim3(uint32_t(*ranges), tiling.blocks, uint32_t(parts == nullptr ? 1 : groups)), call.stream,
+                 static_cast<const P*>(a.params[0]), static_cast<const P*>(a.params[last]), sums.out0, sums.out1,
+                 static_cast<P*>(call.dparams[0]), static_cast<P*>(call.dparams[last]), a.outputs,
+                 uint32_t(a.patterns), uint32_t(a.c), call.order, call.offsets,
+                 FastDiv(uint32_t(a.h * a.w * a.upsample * a.upsample)), uint32_t(span), tiling, parts);
+  return cudaSuccess;
+}
+
+// Pass 1 by patterns; *ranges rows of parts for each group.
+template <typename T, typename P>
+cudaError_t pass_1(const Call& call, const Workspace& w, float* parts, int64_t groups, int64_t* ranges) {
+  const spade_fast_modulation_args& a = call.a;
+  const int last = a.outputs - 1;
+  float* const own = reinterpret_cast<float*>(call.workspace);
+  const bool in_place = sizeof(P) == sizeof(float);
+  float* const sums0 = in_place ? static_cast<float*>(call.dparams[0]) : own;
+  float* const sums1 = in_place ? static_cast<float*>(call.dparams[last]) : own + last * a.patterns * 2 * a.c;
+  char* const scratch = call.workspace + w.sums_bytes;
+  const SegmentSums to = w.plan.first(call.offsets, sums0, sums1, 2 * a.c, scratch);
+  const bool wide = can_read<T, P, kGather>(a, {call.douts[0], call.douts[last]}) && aligned(call.dparams[0], 16) &&
+                    aligned(call.dparams[last], 16);
+  if (a.outputs == 1) {
+    SPADE_FAST_CHECK((wide ? run_pattern_sums<T, P, kGather, 1>(call, to) : run_pattern_sums<T, P, 1, 1>(call, to)));
+  } else {
+    SPADE_FAST_CHECK((wide ? run_pattern_sums<T, P, kGather, 2>(call, to) : run_pattern_sums<T, P, 1, 2>(call, to)));
+  }
+  SPADE_FAST_CHECK(w.plan.combine(to, scratch, call.stream));
+  return wide ? run_pattern_finish<P, kGather>(call, to, parts, groups, w.ranges, ranges)
+              : run_pattern_finish<P, 1>(call, to, parts, groups, w.ranges, ranges);
+}
+
+// Pass 1 dense; *ranges rows of parts for each image.
+template <typename T, typename P, int VEC>
+cudaError_t dense_pass_1(const Call& call, const Workspace& w, float* parts, int64_t* ranges) {
+  const spade_fast_modulation_args& a = call.a;
+  const int last = a.outputs - 1;
+  const RowTiling tiling(a.c / VEC);
+  const int64_t pixels = a.h * a.w;
+  const int64_t span = ceil_div<int64_t>(ceil_div(pixels, w.ranges / a.n), tiling.rows) * tiling.rows;
+  *ranges = ceil_div(pixels, span);
+  if (a.n * *ranges > kMaxBlocks || tiling.blocks > 65535) return cudaErrorInvalidValue;
+  SPADE_FAST_RUN((dense_sums_kernel<T, P, VEC>), dim3(uint32_t(a.n * *ranges), tiling.blocks), call.stream,
+                 ModulationInputs<T, P>(a), dout<T>(call, 0), dout<T>(call, last), static_cast<P*>(call.dparams[0]),
+                 static_cast<P*>(call.dparams[last]), uint32_t(span), FastDiv(uint32_t(*ranges)), tiling, parts);
+  return cudaSuccess;
+}
+
+template <typename T, typename P, int VEC, bool DENSE, int UP>
+cudaError_t pass_2(const Call& call, const float* sums) {
+  const spade_fast_modulation_args& a = call.a;
+  const RowTiling tiling(a.c / VEC);
+  const int64_t tiles = ceil_div<int64_t>(a.h * a.w, tiling.rows * Positions<UP, kPixels>::kInputs);
+  if (a.n * tiles > kMaxBlocks || tiling.blocks > 65535) return cudaErrorInvalidValue;
+  SPADE_FAST_RUN((input_gradient_kernel<T, P, VEC, DENSE, UP>), dim3(uint32_t(a.n * tiles), tiling.blocks), call.stream,
+                 ModulationInputs<T, P>(a), dout<T>(call, 0), dout<T>(call, a.outputs - 1), sums,
+                 static_cast<T*>(call.dx), tiling, FastDiv(uint32_t(tiles)));
+  return cudaSuccess;
+}
+
+template <typename T, typename P, bool DENSE>
+cudaError_t run(const Call& call) {
+  constexpr int kWide = 16 / int(sizeof(T));
+  const spade_fast_modulation_args& a = call.a;
+  const Workspace w(a);
+  const int64_t groups = a.mean == nullptr ? 1 : a.groups;
+  const bool stats = call.stats && a.mean != nullptr;
+  char* const at = call.workspace + w.sums_bytes + w.plan_bytes;
+  float* const parts = stats ? reinterpret_cast<float*>(at) : nullptr;
+  float* const sums = stats ? reinterpret_cast<float*>(at + w.parts_bytes) : nullptr;
+  const bool dparams_aligned = aligned(call.dparams[0], 16) && aligned(call.dparams[a.outputs - 1], 16);
+  const bool wide = can_read<T, P, kWide>(a, {call.douts[0], call.douts[a.outputs - 1], call.dx}) && dparams_aligned;
+  int64_t ranges = 0;
+  if constexpr (DENSE) {
+    SPADE_FAST_CHECK((wide ? dense_pass_1<T, P, kWide>(call, w, parts, &ranges)
+                           : dense_pass_1<T, P, 1>(call, w, parts, &ranges)));
+    if (groups == 1) ranges *= a.n;
+  } else {
+    SPADE_FAST_CHECK((pass_1<T, P>(call, w, parts, groups, &ranges)));
+  }
+  if (stats) {
+    const float scale = float(double(groups) / (double(a.n) * double(a.h * a.w)));
+    SPADE_FAST_CHECK(reduce_parts(parts, groups, ranges, 2 * a.c, scale, sums, call.stream));
+  }
+  if (!wide) return pass_2<T, P, 1, DENSE, 0>(call, sums);
+  return a.upsample == 1 ? pass_2<T, P, kWide, DENSE, 1>(call, sums) : pass_2<T, P, kWide, DENSE, 2>(call, sums);
+}
+
+}  // namespace
+}  // namespace spade_fast
+
+using namespace spade_fast;
+
+extern "C" size_t spade_fast_modulation_backward_workspace(const spade_fast_modulation_args* args) {
+  return Workspace(*args).bytes();
+}
+
+extern "C" cudaError_t spade_fast_modulation_backward(const spade_fast_modulation_args* args, const void* const* douts,
+                                                      const int32_t* order, const int32_t* offsets, int stats,
+                                                      void* dx, void* const* dparams, void* workspace,
+                                                      cudaStream_t stream) {
+  const spade_fast_modulation_args& a = *args;
+  if (!valid(a) || !a.channels_last) return cudaErrorInvalidValue;
+  if (!a.dense && a.n * a.h * a.w * a.upsample * a.upsample > kMaxBlocks) return cudaErrorInvalidValue;
+  if (!a.dense && (a.patterns < 0 || a.patterns >= kMaxBlocks)) return cudaErrorInvalidValue;
+  if (empty(a)) {
+    const size_t bytes = a.dense ? 0 : size_t(a.patterns * 2 * a.c) * (a.params_dtype == 0 ? 4 : 2);
+    for (int m = 0; m < a.outputs && bytes > 0; ++m) {
+      SPADE_FAST_CHECK(cudaMemsetAsync(dparams[m], 0, bytes, stream));
+    }
+    return cudaSuccess;
+  }
+  const Call call{a, douts, order, offsets, stats != 0, dx, dparams, static_cast<char*>(workspace), stream};
+  return with_types(a.dtype, a.params_dtype, [&](auto t, auto p) {
+    using T = decltype(t);
+    using P = decltype(p);
+    return a.dense ? run<T, P, true>(call) : run<T, P, false>(call);
+  });
+}
