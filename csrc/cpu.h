@@ -21,7 +21,21 @@
 #define SPADE_FAST_CLONES
 #endif
 
+// Before a loop whose iterations write nothing that another one reads: spares the compiler its run-time checks, of which
+// it makes only so many.
+#if defined(__clang__)
+#define SPADE_FAST_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define SPADE_FAST_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define SPADE_FAST_INDEPENDENT
+#endif
+
 namespace spade_fast::cpu {
+
+// 64 bytes of A wherever they lie: sums of this type stay in registers, whatever their size on the processor.
+template <typename A>
+using Vector [[gnu::vector_size(64), gnu::aligned(alignof(A)), gnu::may_alias]] = A;
 
 // Sums are float64 for float64 tensors, float32 for all others.
 inline at::ScalarType accumulation_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }

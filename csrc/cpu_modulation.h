@@ -46,13 +46,13 @@ struct ModulationCall {
     const auto options = input.options().dtype(type).memory_format(std::nullopt);
     mean = keep<A>(mean_ ? mean_->to(type).contiguous() : at::full({1, c}, 0, options));
     rstd = keep<A>(rstd_ ? rstd_->to(type).contiguous() : at::full({1, c}, 1, options));
+    if (!dense && outputs > 0) patterns = parameters[0].size(0);
     for (const auto& p : parameters) {
       owners.push_back(p);
       if (dense)
         params.emplace_back(p);
       else
         tables.push_back(keep<A>(p.to(type).contiguous()));
-      if (!dense) patterns = p.size(0);
     }
     if (!dense) {
       for (const auto& p : parameters)

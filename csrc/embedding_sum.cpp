@@ -24,28 +24,40 @@ inline int64_t row_numbers(const int32_t* codes, int64_t taps, int64_t rows, boo
   return count;
 }
 
-// out[i] = start[i] + Σ table[numbers[j] * width + i], then ReLU if asked, in registers.
-template <typename A>
-SPADE_FAST_CLONES void sum_rows(
-    const A* table, int64_t width, const int64_t* numbers, int64_t count, const A* start, bool relu, A* out) {
-  constexpr int64_t kBlock = 64;
-  int64_t i = 0;
-  for (; i + kBlock <= width; i += kBlock) {
-    A sum[kBlock];
-    for (int64_t j = 0; j < kBlock; ++j) sum[j] = start[i + j];
-    for (int64_t r = 0; r < count; ++r) {
-      const A* row = table + numbers[r] * width + i;
-      for (int64_t j = 0; j < kBlock; ++j) sum[j] += row[j];
-    }
-    for (int64_t j = 0; j < kBlock; ++j) out[i + j] = relu && sum[j] < 0 ? 0 : sum[j];
-  }
-  if (i == width) return;
-  for (int64_t j = i; j < width; ++j) out[j] = start[j];
+// sum[i] = start[i] + Σ rows[numbers[r] * width + i] for `size` vectors of elements.
+template <int size, typename A, typename Number>
+inline __attribute__((always_inline)) void sum_block(
+    const A* rows, int64_t width, const Number* numbers, int64_t count, const A* start, A* sum) {
+  using V = Vector<A>;
+  V total[size];
+  for (int v = 0; v < size; ++v) total[v] = start ? reinterpret_cast<const V*>(start)[v] : V{};
   for (int64_t r = 0; r < count; ++r) {
-    const A* row = table + numbers[r] * width;
-    for (int64_t j = i; j < width; ++j) out[j] += row[j];
+    const V* row = reinterpret_cast<const V*>(rows + numbers[r] * width);
+    for (int v = 0; v < size; ++v) total[v] += row[v];
   }
-  for (int64_t j = i; j < width; ++j) out[j] = relu && out[j] < 0 ? 0 : out[j];
+  for (int v = 0; v < size; ++v) reinterpret_cast<V*>(sum)[v] = total[v];
+}
+
+// sum[i] = start[i] + Σ rows[numbers[r] * width + i]; start may be null.
+template <typename A, typename Number>
+SPADE_FAST_CLONES void sum_rows(
+    const A* rows, int64_t width, const Number* numbers, int64_t count, const A* start, A* sum) {
+  constexpr int64_t kVector = 64 / sizeof(A);
+  int64_t i = 0;
+  for (; i + 4 * kVector <= width; i += 4 * kVector)
+    sum_block<4>(rows + i, width, numbers, count, start ? start + i : nullptr, sum + i);
+  for (; i + kVector <= width; i += kVector)
+    sum_block<1>(rows + i, width, numbers, count, start ? start + i : nullptr, sum + i);
+  for (; i < width; ++i) {
+    A total = start ? start[i] : A(0);
+    for (int64_t r = 0; r < count; ++r) total += rows[numbers[r] * width + i];
+    sum[i] = total;
+  }
+}
+
+template <typename A>
+SPADE_FAST_CLONES void rectify(A* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = values[i] < 0 ? 0 : values[i];
 }
 
 template <typename A>
@@ -58,7 +70,8 @@ void forward(const at::Tensor& table, const at::Tensor& bias, const int32_t* cod
     const auto numbers = buffer<int64_t>(2 * taps);
     for (int64_t q = first; q < last; ++q) {
       const int64_t used = row_numbers(codes + q * taps, taps, rows, edges, numbers.get());
-      sum_rows(values, width, numbers.get(), used, start, relu, out + q * width);
+      sum_rows(values, width, numbers.get(), used, start, out + q * width);
+      if (relu) rectify(out + q * width, width);
     }
   });
 }
@@ -107,25 +120,6 @@ void masked(const at::Tensor& dout, const at::Tensor& out, bool relu, A* gradien
   });
 }
 
-// sum[i] = Σ gradient[order[j]][i]
-template <typename A>
-SPADE_FAST_CLONES void gather_sum(const A* gradient, int64_t width, const int32_t* order, int64_t count, A* sum) {
-  constexpr int64_t kBlock = 64;
-  int64_t i = 0;
-  for (; i + kBlock <= width; i += kBlock) {
-    A block[kBlock] = {};
-    for (int64_t r = 0; r < count; ++r) {
-      const A* row = gradient + order[r] * width + i;
-      for (int64_t j = 0; j < kBlock; ++j) block[j] += row[j];
-    }
-    for (int64_t j = 0; j < kBlock; ++j) sum[i + j] = block[j];
-  }
-  if (i == width) return;
-  for (int64_t j = i; j < width; ++j) sum[j] = 0;
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t j = i; j < width; ++j) sum[j] += gradient[order[r] * width + j];
-}
-
 // sums [segments, width] of rows gradient[order[...]] of each segment.
 template <typename A>
 void sum_segments(const A* gradient, int64_t width, const int32_t* order, const int32_t* offsets, int64_t segments,
@@ -136,7 +130,7 @@ void sum_segments(const A* gradient, int64_t width, const int32_t* order, const 
     for (int64_t i = pieces.group[first]; i < pieces.group[last]; ++i) {
       const auto& piece = pieces.pieces[i];
       A* sum = piece.slot < 0 ? sums + piece.segment * width : partial.get() + piece.slot * width;
-      gather_sum(gradient, width, order + piece.begin, piece.end - piece.begin, sum);
+      sum_rows<A>(gradient, width, order + piece.begin, piece.end - piece.begin, nullptr, sum);
     }
   });
   add_split(pieces, partial.get(), sums, width);

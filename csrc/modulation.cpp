@@ -14,6 +14,7 @@ SPADE_FAST_CLONES void modulate(Tile<const A> x, const A* mean, const A* rstd, T
   for (int64_t i = 0; i < count; ++i) {
     const A *from = x.data + (r == 1 ? i : i / r) * x.stride, *gamma = params.row(i), *beta = gamma + c;
     A* __restrict to = out.data + i * out.stride;
+    SPADE_FAST_INDEPENDENT
     for (int64_t j = 0; j < c; ++j) {
       const A xhat = (from[j] - mean[j]) * rstd[j];
       const A z = xhat * gamma[j] + (xhat + beta[j]);

@@ -8,7 +8,7 @@
 
 #include <numeric>
 
-#include "cpu_modulation.h"
+#include "cpu_modulation_rows.h"
 
 namespace spade_fast::cpu {
 namespace {
@@ -21,122 +21,6 @@ struct Correction {
 
   Correction(int64_t groups, int64_t c) : first(groups * c, A(0)), second(groups * c, A(0)) {}
 };
-
-// dgamma += Σ dz·xhat, dbeta += Σ dz over up to four pixels of one pattern.
-template <typename A>
-inline __attribute__((always_inline)) void add_gradients(const A* const* x, const A* const* dout, int64_t count,
-    const A* mean, const A* rstd, const A* params, A slope, int64_t c, A* __restrict dgamma, A* __restrict dbeta) {
-  for (int64_t j = 0; j < c; ++j) {
-    A dg = dgamma[j], db = dbeta[j];
-    for (int64_t i = 0; i < count; ++i) {
-      const A xhat = (x[i][j] - mean[j]) * rstd[j];
-      const A z = xhat * params[j] + (xhat + params[c + j]);
-      const A low = dout[i][j] * slope;
-      const A dz = z > 0 ? dout[i][j] : low;
-      dg += dz * xhat;
-      db += dz;
-    }
-    dgamma[j] = dg;
-    dbeta[j] = db;
-  }
-}
-
-template <typename A>
-SPADE_FAST_CLONES void add_pixel(const A* const* x, const A* const* dout, const A* mean, const A* rstd,
-                                 const A* params, A slope, int64_t c, A* dgamma, A* dbeta) {
-  add_gradients(x, dout, 1, mean, rstd, params, slope, c, dgamma, dbeta);
-}
-
-template <typename A>
-SPADE_FAST_CLONES void add_four_pixels(const A* const* x, const A* const* dout, const A* mean, const A* rstd,
-                                       const A* params, A slope, int64_t c, A* dgamma, A* dbeta) {
-  add_gradients(x, dout, 4, mean, rstd, params, slope, c, dgamma, dbeta);
-}
-
-// weighted[i / r] (+)= dz·(1 + gamma) of output i: the part of dx / rstd that does not go through the statistics.
-template <typename A>
-SPADE_FAST_CLONES void add_weighted(Tile<const A> x, const A* mean, const A* rstd, TileParams<A> params,
-                                    Tile<const A> dout, int64_t count, int64_t r, int64_t c, A slope, bool assign,
-                                    A* weighted) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t pixel = r == 1 ? i : i / r;
-    const A *from = x.data + pixel * x.stride, *upstream = dout.data + i * dout.stride;
-    const A *gamma = params.row(i), *beta = gamma + c;
-    A* __restrict to = weighted + pixel * c;
-    if (assign && i % r == 0)
-      for (int64_t j = 0; j < c; ++j) to[j] = 0;
-    for (int64_t j = 0; j < c; ++j) {
-      const A xhat = (from[j] - mean[j]) * rstd[j];
-      const A z = xhat * gamma[j] + (xhat + beta[j]);
-      const A low = upstream[j] * slope;
-      const A dz = z > 0 ? upstream[j] : low;
-      to[j] += dz * gamma[j] + dz;
-    }
-  }
-}
-
-// The same, and the parameters' gradient [dz·xhat | dz] of every output.
-template <typename A>
-SPADE_FAST_CLONES void add_weighted_dense(Tile<const A> x, const A* mean, const A* rstd, TileParams<A> params,
-                                          Tile<const A> dout, int64_t count, int64_t r, int64_t c, A slope,
-                                          bool assign, A* weighted, Tile<A> dparams) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t pixel = r == 1 ? i : i / r;
-    const A *from = x.data + pixel * x.stride, *upstream = dout.data + i * dout.stride;
-    const A *gamma = params.row(i), *beta = gamma + c;
-    A *__restrict to = weighted + pixel * c, *__restrict dgamma = dparams.data + i * dparams.stride;
-    A* __restrict dbeta = dgamma + c;
-    if (assign && i % r == 0)
-      for (int64_t j = 0; j < c; ++j) to[j] = 0;
-    for (int64_t j = 0; j < c; ++j) {
-      const A xhat = (from[j] - mean[j]) * rstd[j];
-      const A z = xhat * gamma[j] + (xhat + beta[j]);
-      const A low = upstream[j] * slope;
-      const A dz = z > 0 ? upstream[j] : low;
-      dgamma[j] = dz * xhat;
-      dbeta[j] = dz;
-      to[j] += dz * gamma[j] + dz;
-    }
-  }
-}
-
-// first += Σ weighted, second += Σ weighted·xhat
-template <typename A>
-SPADE_FAST_CLONES void add_sums(Tile<const A> x, const A* mean, const A* rstd, const A* weighted, int64_t count,
-                                int64_t c, A* __restrict first, A* __restrict second) {
-  for (int64_t i = 0; i < count; ++i) {
-    const A *from = x.data + i * x.stride, *value = weighted + i * c;
-    for (int64_t j = 0; j < c; ++j) {
-      first[j] += value[j];
-      second[j] += value[j] * ((from[j] - mean[j]) * rstd[j]);
-    }
-  }
-}
-
-// dx = rstd·(weighted - first - xhat·second)
-template <typename A>
-SPADE_FAST_CLONES void correct(Tile<const A> x, const A* mean, const A* rstd, const A* first, const A* second,
-                               Tile<const A> weighted, int64_t count, int64_t c, Tile<A> dx) {
-  for (int64_t i = 0; i < count; ++i) {
-    const A *from = x.data + i * x.stride, *value = weighted.data + i * weighted.stride;
-    A* to = dx.data + i * dx.stride;
-    for (int64_t j = 0; j < c; ++j) {
-      const A xhat = (from[j] - mean[j]) * rstd[j];
-      to[j] = (value[j] - first[j] - xhat * second[j]) * rstd[j];
-    }
-  }
-}
-
-// s1 += Σ (1 + gamma)·dbeta, s2 += Σ (1 + gamma)·dgamma over `count` patterns.
-template <typename A>
-SPADE_FAST_CLONES void add_patterns(
-    const A* params, const A* dparams, int64_t count, int64_t c, A* __restrict s1, A* __restrict s2) {
-  for (int64_t p = 0; p < count; ++p, params += 2 * c, dparams += 2 * c)
-    for (int64_t j = 0; j < c; ++j) {
-      s1[j] += params[j] * dparams[c + j] + dparams[c + j];
-      s2[j] += params[j] * dparams[j] + dparams[j];
-    }
-}
 
 // Adds parts [count, 2C], in order, and divides by size.
 template <typename A>
@@ -180,7 +64,7 @@ class Backward {
       sums.push_back(at::empty({patterns, 2 * c}, params_[m].options().dtype(c10::CppTypeToScalarType<A>::value)));
     sum_patterns(order, offsets, sums);
     if (stats_) sum_channels(offsets, sums);
-    input_gradient();
+    pixel_pass<false>({}, View(dx_), nullptr, 1);
     std::vector<at::Tensor> result{dx_};
     for (int64_t m = 0; m < call_.outputs; ++m) result.push_back(sums[m].to(params_[m].scalar_type()));
     return result;
@@ -195,7 +79,7 @@ class Backward {
     }
     const View dx(dx_);
     if (!stats_) {
-      pixel_pass(dparams, dx, nullptr, 1);
+      pixel_pass<true>(dparams, dx, nullptr, 1);
       return result;
     }
     const bool in_place = dx.template direct<A>();
@@ -204,7 +88,7 @@ class Backward {
     const int64_t block = std::max<int64_t>(1, 512 / call_.w);  // rows of x summed in sequence
     const int64_t blocks = (call_.h + block - 1) / block;
     const auto parts = buffer<A>(call_.n * blocks * 2 * call_.c);
-    pixel_pass(dparams, View(weighted), parts.get(), block);
+    pixel_pass<true>(dparams, View(weighted), parts.get(), block);
     const int64_t each = call_.groups == 1 ? call_.n * blocks : blocks;
     for (int64_t g = 0; g < call_.groups; ++g)
       combine(parts.get() + g * each * 2 * call_.c, each, call_.c, pixels_per_group(), first(g), second(g));
@@ -213,6 +97,8 @@ class Backward {
   }
 
  private:
+  static constexpr int64_t kAhead = 8, kPrefetched = 1024;  // pixels; bytes of each
+
   const ModulationCall<A>& call_;
   const at::Tensor& x_;
   at::TensorList params_;
@@ -229,7 +115,7 @@ class Backward {
 
   // sums[m] [P, 2C] = Σ over each pattern's pixels of [dz·xhat | dz].
   void sum_patterns(const int32_t* order, const int32_t* offsets, const std::vector<at::Tensor>& sums) {
-    const int64_t c = call_.c, outputs = call_.outputs, width = 2 * c;
+    const int64_t c = call_.c, r = call_.r, outputs = call_.outputs, width = 2 * c;
     const Pieces pieces(offsets, call_.patterns);
     const auto partial = buffer<A>(outputs * pieces.slots * width);
     at::parallel_for(0, pieces.groups(), 1, [&](int64_t begin, int64_t end) {
@@ -242,40 +128,59 @@ class Backward {
                                      : partial.get() + (m * pieces.slots + piece.slot) * width;
           std::fill_n(target[m], width, A(0));
         }
-        sum_piece(order + piece.begin, piece.end - piece.begin, piece.segment, scratch.get(), target);
+        const int64_t ahead = std::min(call_.n * call_.h * r * call_.w * r - piece.end, kAhead);
+        sum_piece(order + piece.begin, piece.end - piece.begin, ahead, piece.segment, scratch.get(), target);
       }
     });
     for (int64_t m = 0; m < outputs; ++m)
       add_split(pieces, partial.get() + m * pieces.slots * width, sums[m].template data_ptr<A>(), width);
   }
 
-  void sum_piece(const int32_t* positions, int64_t count, int64_t pattern, A* scratch, A* const* target) {
-    const int64_t c = call_.c, r = call_.r, width = call_.w * r, height = call_.h * r;
+  // Where an output lies.
+  struct Place {
+    int64_t image, y, x;
+  };
+
+  Place place(int32_t position) const {
+    const uint32_t width = call_.w * call_.r, height = call_.h * call_.r, row = position / width;
+    return {row / height, row % height, position % width};
+  }
+
+  // The pixels of a pattern are scattered: ask for them before they are needed.
+  void prefetch(int32_t position) const {
+    if (!call_.x.template direct<A>()) return;
+    const int64_t shift = call_.r - 1, size = std::min<int64_t>(call_.c, kPrefetched / sizeof(A));
+    const Place at = place(position);
+    const auto touch = [size](const A* row) {
+      for (int64_t j = 0; j < size; j += 64 / sizeof(A)) __builtin_prefetch(row + j);
+    };
+    touch(call_.x.template at<A>(at.image, at.y >> shift, at.x >> shift));
+    for (const View& d : douts_)
+      if (d.template direct<A>()) touch(d.template at<A>(at.image, at.y, at.x));
+  }
+
+  // ahead: how many more positions follow those of the piece.
+  void sum_piece(const int32_t* positions, int64_t count, int64_t ahead, int64_t pattern, A* scratch,
+                 A* const* target) {
+    const int64_t c = call_.c, shift = call_.r - 1;  // r is 1 or 2
     int64_t i = 0;
     while (i < count) {
-      // Up to four pixels at once; statistics of samples: of one sample.
+      // Up to four pixels at once; where each sample has its own statistics, of one sample.
       const A *x[4], *dout[2][4];
-      int64_t group = 0;
-      const int64_t left = count - i, step = left >= 4 ? 4 : 1;
-      int64_t taken = 0;
-      for (; taken < step; ++taken) {
-        const int64_t position = positions[i + taken], row = position / width, column = position - row * width;
-        const int64_t image = row / height, y = row - image * height;
-        if (taken == 0) group = call_.group(image);
-        if (call_.group(image) != group) break;
-        x[taken] = load_tile(call_.x, image, y / r, column / r, 1, scratch + taken * c).data;
+      const int64_t most = std::min<int64_t>(4, count - i);
+      int64_t group = 0, taken = 0;
+      for (; taken < most; ++taken) {
+        const Place at = place(positions[i + taken]);
+        if (taken == 0) group = call_.group(at.image);
+        if (call_.group(at.image) != group) break;
+        if (i + taken + kAhead < count + ahead) prefetch(positions[i + taken + kAhead]);
+        x[taken] = load_tile(call_.x, at.image, at.y >> shift, at.x >> shift, 1, scratch + taken * c).data;
         for (int64_t m = 0; m < call_.outputs; ++m)
-          dout[m][taken] = load_tile(douts_[m], image, y, column, 1, scratch + (4 * (m + 1) + taken) * c).data;
+          dout[m][taken] = load_tile(douts_[m], at.image, at.y, at.x, 1, scratch + (4 * (m + 1) + taken) * c).data;
       }
-      const A *mean = call_.mean + group * c, *rstd = call_.rstd + group * c;
-      for (int64_t m = 0; m < call_.outputs; ++m) {
-        const A* params = call_.tables[m] + pattern * 2 * c;
-        if (taken == 4)
-          add_four_pixels(x, dout[m], mean, rstd, params, call_.slopes[m], c, target[m], target[m] + c);
-        else
-          for (int64_t k = 0; k < taken; ++k)
-            add_pixel(x + k, dout[m] + k, mean, rstd, params, call_.slopes[m], c, target[m], target[m] + c);
-      }
+      for (int64_t m = 0; m < call_.outputs; ++m)
+        add_pixels(x, dout[m], taken, call_.mean + group * c, call_.rstd + group * c,
+                   call_.tables[m] + pattern * 2 * c, call_.slopes[m], c, target[m], target[m] + c);
       i += taken;
     }
   }
@@ -322,60 +227,37 @@ class Backward {
     });
   }
 
-  // dx of parameters by pattern.
-  void input_gradient() {
-    const int64_t c = call_.c, r = call_.r, tile = call_.tile();
-    const View dx(dx_);
-    for_tiles(1, [&] {
-      return [&, x_rows = buffer<A>(tile * c), dout_rows = buffer<A>(tile * r * c), dx_rows = buffer<A>(tile * c),
-              weighted = buffer<A>(tile * c)](int64_t, int64_t image, int64_t y, int64_t from, int64_t count, bool) {
-        const auto source = load_tile(call_.x, image, y, from, count, x_rows.get());
-        const A *mean = call_.mean + call_.group(image) * c, *rstd = call_.rstd + call_.group(image) * c;
-        for (int64_t m = 0; m < call_.outputs; ++m)
-          for (int64_t dy = 0; dy < r; ++dy) {
-            const auto params = tile_params<A>(call_, m, image, y * r + dy, from * r, count * r, nullptr);
-            const auto dout = load_tile(douts_[m], image, y * r + dy, from * r, count * r, dout_rows.get());
-            add_weighted(source, mean, rstd, params, dout, count * r, r, c, call_.slopes[m], m == 0 && dy == 0,
-                         weighted.get());
-          }
-        const int64_t g = call_.group(image);
-        const auto target = start_tile(dx, image, y, from, dx_rows.get());
-        correct(source, mean, rstd, first(g), second(g), Tile<const A>{weighted.get(), c}, count, c, target);
-        finish_tile(dx, image, y, from, count, dx_rows.get());
-      };
-    });
-  }
-
-  // Parameters by pixel: dparams; and weighted with the sums parts [blocks, 2C] of it, or, without parts, dx itself.
+  // One pass over the pixels: dx; and, for parameters by pixel, dparams. With parts [blocks, 2C], weighted instead of
+  // dx, and the sums of it over blocks of `block` rows.
+  template <bool dense>
   void pixel_pass(const std::vector<View>& dparams, const View& target, A* parts, int64_t block) {
-    const int64_t c = call_.c, r = call_.r, tile = call_.tile();
+    const int64_t c = call_.c, r = call_.r, tile = call_.tile(), rows = call_.outputs * r;
     for_tiles(block, [&] {
-      return [&, x_rows = buffer<A>(tile * c), dout_rows = buffer<A>(tile * r * c), weighted = buffer<A>(tile * c),
-              target_rows = buffer<A>(tile * c), p_rows = buffer<A>(tile * r * 2 * c),
+      return [&, x_rows = buffer<A>(tile * c), dout_rows = buffer<A>(tile * r * c), sum_rows = buffer<A>(tile * c),
+              out_rows = buffer<A>(tile * c), p_rows = buffer<A>(tile * r * 2 * c),
               dp_rows = buffer<A>(tile * r * 2 * c)](
                  int64_t b, int64_t image, int64_t y, int64_t from, int64_t count, bool fresh) {
-        const auto source = load_tile(call_.x, image, y, from, count, x_rows.get());
-        const A *mean = call_.mean + call_.group(image) * c, *rstd = call_.rstd + call_.group(image) * c;
-        for (int64_t m = 0; m < call_.outputs; ++m)
-          for (int64_t dy = 0; dy < r; ++dy) {
-            const int64_t top = y * r + dy, left = from * r;
-            const auto params = tile_params(call_, m, image, top, left, count * r, p_rows.get());
-            const auto dout = load_tile(douts_[m], image, top, left, count * r, dout_rows.get());
-            const auto dp = start_tile(dparams[m], image, top, left, dp_rows.get());
-            add_weighted_dense(source, mean, rstd, params, dout, count * r, r, c, call_.slopes[m], m == 0 && dy == 0,
-                               weighted.get(), dp);
-            finish_tile(dparams[m], image, top, left, count * r, dp_rows.get());
-          }
-        const auto out = start_tile(target, image, y, from, target_rows.get());
+        const int64_t g = call_.group(image);
+        const Pixels<A> in{load_tile(call_.x, image, y, from, count, x_rows.get()), call_.mean + g * c,
+                           call_.rstd + g * c, first(g), second(g)};
+        const auto out = start_tile(target, image, y, from, out_rows.get());
+        const Tile<A> weighted = parts ? out : Tile<A>{sum_rows.get(), c};
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t m = i / r, top = y * r + i % r, left = from * r;
+          const auto params = tile_params(call_, m, image, top, left, count * r, p_rows.get());
+          const auto dout = load_tile(douts_[m], image, top, left, count * r, dout_rows.get());
+          Tile<A> dp{nullptr, 0};
+          if constexpr (dense) dp = start_tile(dparams[m], image, top, left, dp_rows.get());
+          const auto add = choose_add_outputs<dense, A>(r, i == 0, i == rows - 1 && !parts);
+          add(in, params, dout, count, c, call_.slopes[m], weighted, dp, out);
+          if constexpr (dense) finish_tile(dparams[m], image, top, left, count * r, dp_rows.get());
+        }
         if (parts) {
           A* part = parts + b * 2 * c;
           if (fresh) std::fill_n(part, 2 * c, A(0));
-          add_sums(source, mean, rstd, weighted.get(), count, c, part, part + c);
-          for (int64_t i = 0; i < count; ++i) std::copy_n(weighted.get() + i * c, c, out.data + i * out.stride);
-        } else {
-          correct(source, mean, rstd, first(0), second(0), Tile<const A>{weighted.get(), c}, count, c, out);
+          add_sums(in, Tile<const A>{out.data, out.stride}, count, c, part, part + c);
         }
-        finish_tile(target, image, y, from, count, target_rows.get());
+        finish_tile(target, image, y, from, count, out_rows.get());
       };
     });
   }
@@ -386,11 +268,11 @@ class Backward {
     for_tiles(1, [&] {
       return [&, x_rows = buffer<A>(tile * c), value_rows = buffer<A>(tile * c), dx_rows = buffer<A>(tile * c)](
                  int64_t, int64_t image, int64_t y, int64_t from, int64_t count, bool) {
-        const auto source = load_tile(call_.x, image, y, from, count, x_rows.get());
-        const auto value = load_tile(weighted, image, y, from, count, value_rows.get());
-        const auto target = start_tile(dx, image, y, from, dx_rows.get());
         const int64_t g = call_.group(image);
-        correct(source, call_.mean + g * c, call_.rstd + g * c, first(g), second(g), value, count, c, target);
+        const Pixels<A> in{load_tile(call_.x, image, y, from, count, x_rows.get()), call_.mean + g * c,
+                           call_.rstd + g * c, first(g), second(g)};
+        const auto value = load_tile(weighted, image, y, from, count, value_rows.get());
+        correct(in, value, count, c, start_tile(dx, image, y, from, dx_rows.get()));
         finish_tile(dx, image, y, from, count, dx_rows.get());
       };
     });
