@@ -126,4 +126,16 @@ def implementation(op: str, torch_function: Callable, device: torch.device, modu
         return torch_function
     if name == "triton":
         return getattr(importlib.import_module(f"spade_fast.kernels.{module or op}"), op)
-    return getattr(torch.ops.spade_fast_native, op).default
+    native = getattr(torch.ops.spade_fast_native, op).default
+    return native if name == "cpp" else without_float64(native, torch_function)
+
+
+def without_float64(function: Callable, torch_function: Callable) -> Callable:
+    """`function`, but torch_function for float64 arguments: the CUDA kernels compute in float32."""
+
+    def run(*args):
+        tensors = (t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)))
+        double = any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tensors)
+        return (torch_function if double else function)(*args)
+
+    return run
