@@ -11,19 +11,22 @@ import torch
 with contextlib.suppress(ImportError):  # before anything imports triton: its kernels run on CPU tensors from here on
     import triton_interpreter  # noqa: F401
 
+import cuda_harness  # after triton_interpreter
+
 from spade_fast.ops import backend as backends
 
 
 @pytest.fixture(params=backends.NAMES)
 def backend(request):
-    """Runs the test once on every backend that works on CPU tensors here."""
-    reason = backends.why_not(request.param, "cpu")
+    """Runs the test once on every backend that works on CPU tensors here, and on `cuda` as cuda_on_cpu.h runs it."""
+    on_cpu = cuda_harness.as_backend() if request.param == "cuda" else contextlib.nullcontext()
+    reason = cuda_harness.why_not() if request.param == "cuda" else backends.why_not(request.param, "cpu")
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     op = request.module.__name__.removeprefix("test_")
     if hasattr(torch.ops.spade_fast, op) and not backends.has(request.param, op):
         pytest.skip(f"backend {request.param} has no {op}: torch runs it")
-    with backends.use(request.param):
+    with on_cpu, backends.use(request.param):
         yield request.param
 
 

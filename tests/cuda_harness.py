@@ -6,13 +6,16 @@ Outputs and workspace are full of NaN before, so that an element which is not wr
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,8 +24,12 @@ import torch
 from torch import Tensor
 
 from spade_fast.build import csrc, cuda_home, find_nvcc
+from spade_fast.ops import backend as backends
 
 TESTS = Path(__file__).resolve().parent
+NATIVE_OPS = (
+    "patterns", "segments", "embedding_sum", "embedding_sum_backward", "statistics", "modulation", "modulation_backward"
+)  # fmt: skip
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -39,30 +46,46 @@ def why_not() -> str | None:
 
 def compile_library(defines: tuple[str, ...] = (), flags: tuple[str, ...] = ("-O1",), only: str = "*") -> Path:
     """The shared library of csrc/<only>.cu, compiled unless a cached one of the same sources and options exists."""
+    options = ["-std=c++17", *defines, *flags, "-x", "c++"]
+    return _compile(sorted(csrc().glob(f"{only}.cu")), options, flags, "kernels.so")
+
+
+def compile_bindings() -> Path:
+    """csrc/cuda_bindings.cpp for CPU tensors, linked to the library of all kernels."""
+    torch_directory, kernels = Path(torch.__file__).resolve().parent, compile_library()
+    options = [
+        "-std=c++20", "-O0", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+        f"-isystem{torch_directory / 'include'}", f"-DSPADE_FAST_TORCH={torch.__version__}",
+    ]  # fmt: skip
+    link = [str(kernels), f"-Wl,-rpath,{kernels.parent}", f"-L{torch_directory / 'lib'}", "-lc10", "-ltorch_cpu"]
+    return _compile([csrc() / "cuda_bindings.cpp"], options, link, "bindings.so")
+
+
+def _compile(sources: list[Path], options: list[str], link: list[str] | tuple[str, ...], name: str) -> Path:
     if reason := why_not():
         pytest.skip(reason)
-    sources = sorted(csrc().glob(f"{only}.cu"))
-    digest = hashlib.sha256(repr((defines, flags)).encode())
+    options = [*options, "-fPIC", "-DSPADE_FAST_ON_CPU", "-w", f"-I{TESTS}", f"-I{csrc()}"]
+    options.append(f"-isystem{cuda_home(find_nvcc()) / 'include'}")
+    digest = hashlib.sha256(repr((options, link)).encode())
     for file in (*sources, *sorted(csrc().glob("*.*h")), TESTS / "cuda_on_cpu.h"):
         digest.update(file.name.encode() + file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"spade_fast_cuda_on_cpu_{os.getuid()}" / digest.hexdigest()[:16]
-    library = folder / "kernels.so"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
-    include = cuda_home(find_nvcc()) / "include"
-    options = ["-std=c++17", "-fPIC", "-DSPADE_FAST_ON_CPU", *defines, *flags, "-w", f"-I{TESTS}", f"-I{csrc()}"]
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    library = folder / name
+    with open(folder / "lock", "w") as lock:  # one process compiles, the others wait for it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists():
+            return library
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
 
-        def compile_one(source: Path) -> str:
-            target = f"{scratch}/{source.stem}.o"
-            _run(["g++", "-x", "c++", "-c", str(source), *options, f"-isystem{include}", "-o", target])
-            return target
+            def compile_one(source: Path) -> str:
+                target = f"{scratch}/{source.stem}.o"
+                _run(["g++", "-c", *options, str(source), "-o", target])
+                return target
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, sources))
-        _run(["g++", "-shared", *flags, *objects, "-o", f"{scratch}/kernels.so"])
-        os.replace(f"{scratch}/kernels.so", library)  # whole or not at all, whoever else compiles it
+            _run(["g++", "-shared", *objects, *link, "-o", f"{scratch}/{name}"])
+            os.replace(f"{scratch}/{name}", library)
     return library
 
 
@@ -70,6 +93,33 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+
+
+_library: list[torch.library.Library] = []
+
+
+@contextlib.contextmanager
+def as_backend() -> Iterator[None]:
+    """Inside, the backend `cuda` takes CPU tensors: its bindings, converting and allocating, and the kernels below."""
+    if not _library:
+        _library.append(torch.library.Library("spade_fast_cuda_on_cpu", "DEF"))
+        for op in NATIVE_OPS:
+            schema = str(getattr(torch.ops.spade_fast, op).default._schema).replace("SymInt", "int")
+            _library[0].define(schema.partition("::")[2])
+        torch.ops.load_library(str(compile_bindings()))
+    why_not, implementation = backends.why_not, backends.implementation
+
+    def choose(op: str, torch_function: Callable, device: torch.device, module: str | None = None) -> Callable:
+        if op in NATIVE_OPS and backends.choose(op, device) == "cuda":
+            return backends.without_float64(getattr(torch.ops.spade_fast_cuda_on_cpu, op).default, torch_function)
+        return implementation(op, torch_function, device, module)
+
+    backends.why_not = lambda name, device="cpu": None if name == "cuda" else why_not(name, device)
+    backends.implementation = choose
+    try:
+        yield
+    finally:
+        backends.why_not, backends.implementation = why_not, implementation
 
 
 class ModulationArgs(ctypes.Structure):
@@ -118,7 +168,9 @@ def misalign(t: Tensor, skip: int) -> Tensor:
 
 
 class Kernels:
-    """The launchers of a library on tensors, each with outputs and workspace full of NaN."""
+    """The launchers of a library on tensors, each with outputs full of NaN."""
+
+    poison = 0xFF  # bytes of a new workspace: NaN, -1
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -127,8 +179,9 @@ class Kernels:
                 getattr(self.library, f"spade_fast_{name}_workspace").restype = ctypes.c_size_t
 
     def run_reversed(self, on: bool) -> None:
-        """Threads and blocks in reverse order: no result may depend on it."""
+        """Threads and blocks in reverse order, on other workspace: no result may depend on either."""
         self.library.spade_fast_run_reversed(int(on))
+        self.poison = 0x7F if on else 0xFF  # 3e38, 2139062143
 
     def call(self, name: str, *arguments: object) -> None:
         """One launcher on the null stream; RuntimeError when its status is not success."""
@@ -137,9 +190,9 @@ class Kernels:
             raise RuntimeError(f"spade_fast_{name}: CUDA error {status}")
 
     def workspace(self, name: str, *arguments: object) -> Tensor:
-        """The bytes a launcher asks for, all 0xff: NaN, and the largest number."""
+        """The bytes a launcher asks for, full of `poison`."""
         size = getattr(self.library, f"spade_fast_{name}_workspace")(*map(_value, arguments))
-        return torch.full((size,), 255, dtype=torch.uint8)
+        return torch.full((size,), self.poison, dtype=torch.uint8)
 
     def patterns(self, codes: Tensor, k: int, capacity: int | None = None) -> tuple[Tensor, ...]:
         """(ids, taps, counts, overflow); capacity None: as many rows as there are patterns."""
