@@ -265,6 +265,9 @@ def _check(c: TrainConfig) -> None:
     for name in ("beta1", "beta2", "ema"):
         need(0 <= getattr(c, name) < 1, name, "in [0, 1)")
     need(c.decay_from is None or c.decay_from >= 0, "decay_from", "0 or more")
+    if c.checkpoint_blocks and (c.compile or c.spade == "reference"):
+        other = flag("compile") if c.compile else "--spade reference"
+        raise ConfigError(f"{flag('checkpoint_blocks')} does not go with {other}: leave one out")
     if c.steps is None and c.epochs is None:
         raise ConfigError(f"one of {flag('steps')} and {flag('epochs')} is needed")
     try:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from spade_fast import ops, reference, sync
 from spade_fast.label_map import LabelMap
 from spade_fast.patterns import Patterns
-from spade_fast.spectral import SpectralConv2d
+from spade_fast.spectral import SpectralConv2d, hold_power_iteration
 
 SLOPE = 0.2  # LeakyReLU everywhere in the generator and the discriminator
 DENSE_ABOVE = 0.9  # distinct patterns a pixel above which one convolution over the pixels costs less
 _recognised: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # segmap -> (its version, LabelMap or None)
+_recomputing = 0
+
+
+@contextlib.contextmanager
+def recomputing() -> Iterator[None]:
+    """Inside, a forward in training mode gives again what the last one gave: it changes neither running statistics nor
+    spectral norm's vectors."""
+    global _recomputing
+    _recomputing += 1
+    try:
+        with hold_power_iteration():
+            yield
+    finally:
+        _recomputing -= 1
 
 
 class FusedSPADE(nn.Module):
@@ -240,7 +255,7 @@ def _statistics(
 
 def _update_running(norm: nn.Module, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
     """As BatchNorm2d does: momentum, unbiased variance, num_batches_tracked. count: a tensor over several processes."""
-    if not norm.training or norm.running_mean is None:
+    if not norm.training or norm.running_mean is None or _recomputing:
         return
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)

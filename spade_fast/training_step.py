@@ -69,9 +69,10 @@ class TrainingStep:
         for name, net in nets.items():
             if name != "generator" or not net.fused:  # which is in the memory order that suits it
                 net.to(memory_format=torch.channels_last)
+        self.generator.checkpoint_blocks = config.checkpoint_blocks
         if config.compile:
-            self.generator.compile()
-            self.discriminator.compile()
+            self.generator.compile(fullgraph=True)
+            self.discriminator.compile(fullgraph=True)
         self._parallel = {name: ranks.parallel(net) for name, net in nets.items()} if ranks.world > 1 else {}
         self.ema = EMA(self.generator, config.ema) if config.ema > 0 else None
         self.base_lrs = config.lrs()

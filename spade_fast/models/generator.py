@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spade_fast import ops
 from spade_fast.label_map import LabelMap
-from spade_fast.layers import SLOPE, SPADEResnetBlock, recognise
+from spade_fast.layers import SLOPE, SPADEResnetBlock, recognise, recomputing
 from spade_fast.reference import as_segmap, segmap_shape
 from spade_fast.spectral import SpectralConv2d
 
@@ -70,6 +73,7 @@ class SPADEGenerator(nn.Module):
     ) -> None:
         super().__init__()
         self.fused = spade == "fused"
+        self.checkpoint_blocks = False  # True: only each block's input is kept for backward, which computes it again
         self.options = dict(
             label_nc=label_nc,
             ngf=ngf,
@@ -155,5 +159,16 @@ class SPADEGenerator(nn.Module):
             labels = as_segmap(labels, self.conv_img.weight.dtype)
         x = self._first_features(labels, z)
         for block, upsample in self.blocks():
-            x = block(x, labels, upsample)
+            if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+                x = checkpoint(
+                    block,
+                    x,
+                    labels,
+                    upsample,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=lambda: (contextlib.nullcontext(), recomputing()),
+                )
+            else:
+                x = block(x, labels, upsample)
         return torch.tanh(self.conv_img(F.leaky_relu(x, SLOPE, inplace=True)))
