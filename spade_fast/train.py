@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", metavar="FILE", help="JSON file of options, as a run's config.json")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the whole plan and exit")
+    parser.add_argument(
+        "--profile", type=int, metavar="N", help="after N steps, write a trace and a table of where a step's time goes"
+    )
     cfg.add_arguments(parser)
     args, given = cfg.parse(parser, argv)
     trainer = None
@@ -48,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             print(describe(config))
             return 0
         trainer = Trainer(config, resume=args.resume)
-        reason = trainer.train()
+        reason = trainer.train(args.profile)
     except NonFiniteError as error:
         print(f"{who}error: {error}", file=sys.stderr)
         return 2

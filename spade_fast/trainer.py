@@ -21,6 +21,7 @@ from spade_fast.checkpoint import FORMAT, checkpoint_path
 from spade_fast.config import RESUME_FIXED, ConfigError, TrainConfig, flag
 from spade_fast.label_map import LabelMap
 from spade_fast.monitor import Monitor, import_tqdm
+from spade_fast.profiling import StepProfile, span
 from spade_fast.ranks import Ranks
 from spade_fast.run_directory import RunDirectory, RunDirectoryError, random_state, restore_random_state
 from spade_fast.schedule import lr_factor
@@ -118,9 +119,11 @@ class Trainer:
 
     # The loop
 
-    def train(self) -> str:
+    def train(self, profile: int | None = None) -> str:
         """Trains to the end. Returns why it stopped: "finished", "time", "SIGTERM" or "SIGINT", or "fault" when another
         process has a sample it can't use; it has saved then.
+
+        profile: after so many steps, write where the next ones go (`spade_fast.profiling`) to profile/.
 
         Raises:
             data.DataError: a sample can't be used; the run is saved and can be resumed once the file is repaired.
@@ -129,15 +132,23 @@ class Trainer:
         if self.ranks.is_main:
             self.directory.create()
             self.config.save(self.directory.config)
+        profiler, begun = None, self.step
+        if profile is not None:
+            profiler = StepProfile(profile, self.directory.path / "profile", self.ranks.is_main)
         deadline = time.monotonic() + 60 * (self.config.max_minutes or float("inf"))
         source = batches.load(self.dataset, self.config, self.generator, self.ranks, self.epoch, self.batch)
         # Closing the batches ends the loading processes, also when an exception keeps this frame alive.
-        with StopSignals() as stop, Monitor(self) as monitor, contextlib.closing(source):
+        with StopSignals() as stop, Monitor(self) as monitor, contextlib.ExitStack() as stack:
+            stack.callback(source.close)
+            if profiler is not None:
+                stack.callback(profiler.close)
             for note in self.notes:
                 monitor.note(note)
             batch = self._next(source) if self.step < self.total_steps else None
             _, reasons = self._exchange({}, stop, False, batch)
             while self.step < self.total_steps and "fault" not in reasons:
+                if profiler is not None and (text := profiler.before_step(self.step - begun)):
+                    monitor.note(text)
                 terms = self.train_step(batch)
                 # The next batch comes while the device works; whether every process has one is part of what they tell
                 # each other after the step, so that all stop after the same one.
@@ -171,7 +182,8 @@ class Trainer:
     @staticmethod
     def _next(source) -> tuple[LabelMap, Tensor] | Exception:
         try:
-            return next(source)
+            with span("data"):
+                return next(source)
         except Exception as fault:  # of a loading process, of a file, ...: raised when the others know
             return fault
 

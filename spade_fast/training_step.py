@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from spade_fast import losses, models
 from spade_fast.config import ConfigError, TrainConfig
 from spade_fast.ema import EMA
 from spade_fast.label_map import LabelMap
+from spade_fast.profiling import span
 from spade_fast.ranks import Ranks, no_sync
 from spade_fast.spectral import hold_power_iteration
 
@@ -97,7 +97,7 @@ class TrainingStep:
         self.draw_noise(step)
         terms = {**self.generator_step(labels, image), **self.discriminator_step(labels, image)}
         if self.ema is not None:
-            with record_function("optimiser"):
+            with span("optimiser"):
                 self.ema.update(step)
         return terms
 
@@ -129,7 +129,7 @@ class TrainingStep:
 
     def _discriminate(self, net: nn.Module, part: Part, fake: Tensor) -> tuple[list, list]:
         """Features of fake and of real images, through the discriminator in one batch."""
-        with record_function("discriminator"):
+        with span("discriminator"):
             features = net(part.labels, torch.cat([fake, part.image.to(fake.dtype)]))
         halves = [[f.chunk(2) for f in scale] for scale in features]
         return [[f for f, _ in scale] for scale in halves], [[r for _, r in scale] for scale in halves]
@@ -159,12 +159,12 @@ class TrainingStep:
 
     def _backward(self, name: str, terms: dict[str, Tensor]) -> None:
         """Adds the gradient of the terms' sum. DistributedDataParallel averages, and the terms are shares: × world."""
-        with record_function("backward"):
+        with span("backward"):
             loss = torch.stack(list(terms.values())).sum()
             self.scalers[name].scale(loss * self.ranks.world if self.ranks.world > 1 else loss).backward()
 
     def _update(self, name: str) -> None:
-        with record_function("optimiser"):
+        with span("optimiser"):
             self.scalers[name].step(self.optimizers[name])
             self.scalers[name].update()
 
@@ -178,14 +178,14 @@ class TrainingStep:
         for part in self._parts(labels, image):
             with self._micro_batch(part, "generator", "encoder"):
                 with self.autocast():
-                    with record_function("generator"):
+                    with span("generator"):
                         fake, kl = self.generate(part.labels, part.image, self._noise_of(0, part))
                     fake_features, real_features = self._discriminate(self.discriminator, part, fake)
                     terms = {}
                     if self.vgg_loss is not None:
-                        with record_function("VGG"):
+                        with span("VGG"):
                             terms["vgg"] = part.share * c.lambda_vgg * self.vgg_loss(fake, part.image)
-                    with record_function("losses"):
+                    with span("losses"):
                         terms["gan"] = part.share * self.gan_loss.generator(_in_float32(fake_features))
                         if c.lambda_feat > 0:
                             matching = losses.feature_matching_loss(fake_features, real_features)
@@ -214,10 +214,10 @@ class TrainingStep:
                     if self._fakes:
                         fake = self._fakes[i]
                     else:
-                        with torch.no_grad(), record_function("generator"):
+                        with torch.no_grad(), span("generator"):
                             fake, _ = self.generate(part.labels, part.image, self._noise_of(1, part))
                     fake_features, real_features = self._discriminate(net, part, fake)
-                    with record_function("losses"):
+                    with span("losses"):
                         fakes, reals = _in_float32(fake_features), _in_float32(real_features)
                         terms = {
                             "d_fake": part.share * self.gan_loss.discriminator(fakes, False),
