@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -33,30 +34,20 @@ class Part:
     seconds: int
     needs_gpu: bool = False
     program: str | None = None  # an executable that must be on the PATH
+    backend: str | None = None  # every op on this one, where it has it
 
 
 PYTHON = (sys.executable, "-m")
+SMOKE = (*PYTHON, "benchmarks.smoke", "--device", "{device}")
+SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
 PARTS = (
     Part("ceilings", (*PYTHON, "benchmarks.ceilings", "--device", "{device}", "--json", "{json}"), 60),
+    Part("build", (*PYTHON, "spade_fast.build"), 150, needs_gpu=True, program="nvcc"),
     Part("tests", (*PYTHON, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"), 150, needs_gpu=True),
-    Part(
-        "sanitizer",
-        (
-            "compute-sanitizer",
-            "--tool",
-            "memcheck",
-            "--error-exitcode",
-            "9",
-            *PYTHON,
-            "benchmarks.smoke",
-            "--device",
-            "{device}",
-        ),
-        60,
-        needs_gpu=True,
-        program="compute-sanitizer",
-    ),
-    Part("smoke", (*PYTHON, "benchmarks.smoke", "--device", "{device}"), 60),
+    Part("sanitizer", (*SANITIZER, *SMOKE), 60, needs_gpu=True, program="compute-sanitizer"),
+    Part("sanitizer_cuda", (*SANITIZER, *SMOKE), 60, needs_gpu=True, program="compute-sanitizer", backend="cuda"),
+    Part("smoke", SMOKE, 60),
+    Part("smoke_cuda", SMOKE, 60, needs_gpu=True, program="nvcc", backend="cuda"),
     Part("ops", (*PYTHON, "benchmarks.ops", "--device", "{device}", "--quick", "--json", "{json}"), 90),
     Part("layer", (*PYTHON, "benchmarks.layer", "--device", "{device}", "--quick", "--json", "{json}"), 120),
     Part("generator", (*PYTHON, "benchmarks.generator", "--device", "{device}", "--quick", "--json", "{json}"), 120),
@@ -75,11 +66,18 @@ def run(part: Part, device: str, out: Path, seconds: float) -> dict:
     file = out / f"{part.name}.json"
     file.unlink(missing_ok=True)
     command = [word.format(device=device, json=file) for word in part.command]
+    environment = os.environ | ({"SPADE_FAST_BACKEND": part.backend} if part.backend else {})
     start = time.perf_counter()
     with open(out / f"{part.name}.log", "w") as log:
         try:
             code: int | str = subprocess.run(
-                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=min(part.seconds, seconds), check=False
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=min(part.seconds, seconds),
+                check=False,
             ).returncode
         except subprocess.TimeoutExpired as error:
             code = f"stopped after {error.timeout:.0f} s"

@@ -3,6 +3,7 @@
 
 The floor is the bytes that must move (each large input read once, each output written once, tables counted once) over
 the copy bandwidth measured in the same run. Results are checked against the torch backend before anything is timed.
+On a GPU the results name every kernel of an op too, with its launches and its time on the device.
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ def cases(labels: LabelMap, channels: int, size: int, dtype: torch.dtype) -> dic
             lambda: list(gradients(params, a, found.taps, *weights, *segments)),
             nbytes(params, a, a, found.taps, *weights, *weights),
         ),
+        "segments": (
+            lambda: list(call.segments(found.ids, len(found.taps))),
+            nbytes(found.ids, found.order, found.offsets),
+        ),
         "statistics": (lambda: list(call.statistics(x, False)), nbytes(x)),
         "modulation": (
             lambda: modulation(x, [params], index, [0.2], 1),
@@ -95,6 +100,29 @@ def cases(labels: LabelMap, channels: int, size: int, dtype: torch.dtype) -> dic
     }
 
 
+def all_patterns(labels: LabelMap) -> tuple[Callable, int]:
+    """The patterns of both searches at six resolutions, from the map's own down, as a case."""
+    codes = [labels.resized(labels.size[0] >> i, labels.size[1] >> i) for i in range(6)]
+
+    def find() -> list[Tensor]:
+        results = []
+        for level in codes:
+            hidden_ids, hidden_codes, _ = torch.ops.spade_fast.patterns(level, 3)
+            results += [hidden_ids, hidden_codes, *torch.ops.spade_fast.patterns(hidden_ids, 3)[:2]]
+        return results
+
+    return find, nbytes(*codes, *find())
+
+
+def kernels_of(call: Callable) -> dict[str, dict]:
+    """Kernel name -> launches and microseconds on the GPU in one call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = [e for e in profile.key_averages() if e.self_device_time_total > 0]
+    return {e.key: {"launches": e.count, "us": e.self_device_time_total} for e in events}
+
+
 def measure(options: argparse.Namespace) -> dict:
     device = options.device
     maps, source = label_maps(256)
@@ -105,6 +133,8 @@ def measure(options: argparse.Namespace) -> dict:
     result: dict = {"stamp": stamp(device), "copy_gb_s": bandwidth, "labels": source, "batch": options.batch, "ops": {}}
     for channels, size in options.layers:
         work = cases(labels, channels, size, dtype)
+        if (channels, size) == options.layers[0]:
+            work["patterns, six resolutions"] = all_patterns(labels)
         for op, (call, floor_bytes) in work.items():
             with backend.use("torch"):
                 expected = call()
@@ -122,6 +152,9 @@ def measure(options: argparse.Namespace) -> dict:
             times = interleave(calls, device, options.seconds, rounds=(3, 30))
             floor = floor_bytes / bandwidth / 1e6
             row = {n: {**t, "of_copy_bandwidth": floor / t["median_ms"]} for n, t in times.items()}
+            if dtype == torch.bfloat16:
+                for name, timed in calls.items():
+                    row[name]["kernels"] = kernels_of(timed)
             result["ops"][f"{op}, C={channels} @{size}²"] = {"floor_ms": floor, "floor_bytes": floor_bytes, **row}
             text = "  ".join(f"{n} {t['median_ms']:.3f} ms ({floor / t['median_ms']:.0%})" for n, t in times.items())
             print(f"{op:34s} C={channels:4d} @{size:3d}²  floor {floor:8.3f} ms  {text}", flush=True)

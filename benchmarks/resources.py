@@ -5,7 +5,7 @@
 
 The launchers themselves are called, on small CPU tensors, with Triton's launch replaced by a compilation for the
 architecture asked, so what is compiled is what a GPU would run. Fails when a kernel spills, or wants more shared
-memory than the architecture has.
+memory than the architecture has. The CUDA kernels follow where nvcc is there (benchmarks.cuda_resources).
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from benchmarks import cuda_resources
+from spade_fast.build import find_nvcc
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
 
@@ -308,9 +311,14 @@ def main() -> None:
         return
     rows = measure(options.arch, options.thorough)
     print(summary(rows))
+    found, cuda = faults(rows), []
+    if find_nvcc() is not None:
+        cuda = cuda_resources.measure(options.arch)
+        print(cuda_resources.summary(cuda))
+        found += cuda_resources.faults(cuda)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-    if found := faults(rows):
+        options.json.write_text(json.dumps(rows + cuda, indent=1))
+    if found:
         raise SystemExit("\n".join(found))
 
 

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from spade_fast import FusedSPADE, LabelMap
+from spade_fast import FusedSPADE, LabelMap, ops
+from spade_fast.build import find_nvcc
 from spade_fast.losses import GANLoss, feature_matching_loss
 from spade_fast.models import MultiscaleDiscriminator, SPADEGenerator
 from spade_fast.ops import backend as backends
@@ -12,13 +13,20 @@ from spade_fast.reference import SPADE
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", CUDA]
-BACKENDS = [("cpu", "torch"), *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("torch", "triton"))]
+ON_GPU = ("torch", "triton", "cuda")
+BACKENDS = [("cpu", "torch"), *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ON_GPU)]
+    ("cpu", "torch"),
+    *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("torch", "triton", "cuda")),
+]
 
 
 @pytest.fixture(autouse=True)
 def needs_its_device(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no GPU")
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and callspec.params.get("name") == "cuda" and find_nvcc() is None:
+        pytest.skip("backend cuda: nvcc was not found")
 
 
 def label_map(n: int = 2, size: tuple[int, int] = (24, 40)) -> LabelMap:
@@ -109,6 +117,42 @@ def test_training_step_does_not_wait_for_the_device(device):
     assert torch.isfinite(first) and torch.isfinite(second)
     assert labels._patterns.keys() == found.keys()  # the step needed no resolution that was not built
     assert all(torch.equal(labels._patterns[key].ids.cpu(), ids) for key, ids in found.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda"])
+def test_stream_and_graph(name):
+    """The kernels go to the current stream, and what does not wait for the host can be captured in a graph."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
+    ids, taps, _ = ops.patterns(label_map(size=(32, 32)).codes.cuda(), 3)
+    params = torch.randn(len(taps), 128, device="cuda")
+
+    def work():
+        order, offsets = ops.segments(ids, len(taps))
+        mean, m2 = ops.statistics(x, False)
+        rstd = torch.rsqrt(m2 / 2048 + 1e-5)
+        arguments = (x, mean, rstd, [params], ids, order, offsets, [0.2], 1, True)
+        (out,) = torch.ops.spade_fast.modulation(*arguments)
+        return [out, *torch.ops.spade_fast.modulation_backward([out], *arguments)]
+
+    with backends.use(name):
+        expected = work()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(10_000_000)  # work on another stream would not wait for this
+            x.mul_(2)
+            doubled = work()
+        torch.cuda.synchronize()
+        assert not torch.equal(doubled[1], expected[1])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = work()
+        x.mul_(0.5)
+        graph.replay()
+        torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
 @pytest.mark.gpu

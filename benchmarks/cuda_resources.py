@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registers, spills, shared memory and occupancy of the CUDA kernels in csrc/, as nvcc reports them: no GPU needed.
+
+    python -m benchmarks.cuda_resources [--arch 80 90 100 120] [--json FILE]
+
+Fails when a kernel spills. Rows are kept in the temporary directory until the sources change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from spade_fast.build import csrc, cuda_home, find_nvcc
+
+THREADS = 256  # of every block: kThreads in csrc/cuda_common.cuh
+TARGETS = {80: "80", 90: "90a", 100: "100", 120: "120"}
+# Of a multiprocessor: warps, blocks, bytes of shared memory. All have 65,536 registers.
+LIMITS = {80: (64, 32, 167936), 90: (64, 32, 233472), 100: (64, 32, 233472), 120: (48, 24, 102400)}
+
+
+def occupancy(arch: int, registers: int, shared: int) -> float:
+    """Resident warps over the most there can be, by the register file, shared memory and the block limit."""
+    warps, most_blocks, shared_bytes = LIMITS[arch]
+    of_block = THREADS // 32
+    of_warp = -(-registers * 32 // 256) * 256  # registers are given out 256 at a time
+    shared = -(-(shared + 1024) // 128) * 128  # the system takes 1 KiB a block
+    blocks = min(warps // of_block, most_blocks, 65536 // (of_warp * of_block), shared_bytes // shared)
+    return blocks * of_block / warps
+
+
+def kernel_of(mangled: str) -> str | None:
+    """The kernel's own name in a mangled one: <length><name>, in namespace spade_fast."""
+    if "10spade_fast" not in mangled:
+        return None
+    for match in re.finditer(r"(?=(\d+)([a-z]\w*))", mangled):
+        name = match[2][: int(match[1])]
+        if len(name) == int(match[1]) and name.endswith("_kernel"):
+            return name
+    return None
+
+
+def parse(log: str, file: str) -> list[dict]:
+    """Rows of one file from the words of ptxas -v, of our own kernels (not CUB's)."""
+    rows = []
+    pattern = (
+        r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)a?'.*?"
+        r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)"
+    )
+    for match in re.finditer(pattern, log, re.DOTALL):
+        kernel = kernel_of(match["name"])
+        if kernel is None:
+            continue
+        arch, registers = int(match["arch"]), int(match["registers"])
+        found = re.search(r"(\d+) bytes smem", match["rest"])
+        shared = int(found.group(1)) if found else 0
+        rows.append(
+            {
+                "arch": arch,
+                "file": file,
+                "kernel": kernel,
+                "variant": match["name"],
+                "registers": registers,
+                "spills": int(match["stores"]) + int(match["loads"]),
+                "shared": shared,
+                "occupancy": occupancy(arch, registers, shared),
+            }
+        )
+    return rows
+
+
+def compile_file(source: Path, archs: list[int]) -> list[dict]:
+    """Rows of every kernel in one .cu file; RuntimeError with nvcc's words when it does not compile."""
+    nvcc = find_nvcc()
+    targets = [f"-gencode=arch=compute_{TARGETS[a]},code=sm_{TARGETS[a]}" for a in archs]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(nvcc), "-std=c++17", "-O3", "-fatbin", "-Xptxas", "-v", *targets, f"-I{csrc()}", str(source)]
+        done = subprocess.run([*command, "-o", f"{folder}/out"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed on {source}:\n{done.stderr[-4000:]}")
+    return parse(done.stdout + done.stderr, source.name)
+
+
+def measure(archs: list[int], jobs: int | None = None) -> list[dict]:
+    """Rows of every kernel for the architectures, compiled in parallel or taken from the last time."""
+    if find_nvcc() is None:
+        raise RuntimeError("benchmarks.cuda_resources: nvcc was not found")
+    sources = sorted(csrc().glob("*.cu"))
+    digest = hashlib.sha256(f"{archs} {cuda_home(find_nvcc())}".encode() + Path(__file__).read_bytes())
+    for file in (*sources, *sorted(csrc().glob("*.cuh")), csrc() / "launchers.h"):
+        digest.update(file.read_bytes())
+    kept = Path(tempfile.gettempdir()) / f"spade_fast_cuda_resources_{os.getuid()}_{digest.hexdigest()[:16]}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        # the longest first
+        order = sorted(sources, key=lambda s: s.stat().st_size, reverse=True)
+        rows = [row for found in pool.map(lambda s: compile_file(s, archs), order) for row in found]
+    part = kept.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(rows))
+    os.replace(part, kept)
+    return rows
+
+
+def faults(rows: list[dict]) -> list[str]:
+    """A line for every kernel that spills."""
+    return [
+        f"sm_{r['arch']} {r['kernel']} ({r['file']}, {r['variant']}): {r['spills']} bytes spilled"
+        for r in rows
+        if r["spills"]
+    ]
+
+
+def summary(rows: list[dict]) -> str:
+    """A table: per kernel and architecture, compiled variants, the most of each resource, the least occupancy."""
+    lines = [f"{'kernel':26}{'arch':>6}{'variants':>10}{'registers':>11}{'spills':>8}{'shared':>9}{'occupancy':>11}"]
+    for kernel, arch in sorted({(r["kernel"], r["arch"]) for r in rows}):
+        same = [r for r in rows if (r["kernel"], r["arch"]) == (kernel, arch)]
+        most = [max(r[key] for r in same) for key in ("registers", "spills", "shared")]
+        least = min(r["occupancy"] for r in same)
+        lines.append(f"{kernel:26}{arch:>6}{len(same):>10}{most[0]:>11}{most[1]:>8}{most[2]:>9}{least:>11.0%}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--json", type=Path, help="write every row here")
+    options = parser.parse_args()
+    rows = measure(options.arch)
+    print(summary(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    if found := faults(rows):
+        raise SystemExit("\n".join(found))
+
+
+if __name__ == "__main__":
+    main()
