@@ -23,7 +23,7 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         native = runpy.run_path(str(ROOT / "spade_fast" / "build.py"), run_name="spade_fast_build")
-        target = Path(self.get_ext_fullpath(ext.name))
+        target = self.target(ext)
         for cuda in (True, False):
             try:
                 library = native["build_cached"](native["parameters"](cuda), retry=True)
@@ -36,15 +36,16 @@ class BuildNative(build_ext):
             return
         print("spade-fast: installed without it; it is built at first use where that is possible", file=sys.stderr)
 
+    def target(self, ext: Extension) -> Path:
+        """In an editable installation the package is used where it is."""
+        return (ROOT if self.editable_mode else Path(self.build_lib)) / self.get_ext_filename(ext.name)
+
     def get_outputs(self) -> list[str]:
-        libraries = [Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions]
+        libraries = [self.target(ext) for ext in self.extensions]
         return [str(p.with_suffix(s)) for p in libraries for s in (".so", ".json") if p.with_suffix(s).exists()]
 
-    def copy_extensions_to_source(self) -> None:  # editable installation
-        package = ROOT / "spade_fast"
-        for path in map(Path, self.get_outputs()):
-            if path.parent != package:
-                shutil.copy(path, package / path.name)
+    def copy_extensions_to_source(self) -> None:
+        pass  # they are built there
 
 
 def native_extension() -> list[Extension]:

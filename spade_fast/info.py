@@ -28,7 +28,7 @@ def _extension() -> list[str]:
         return [f"native extension: {error}"]
     lines = [f"native extension: {stamp['path']} ({stamp['cxx_version']})"]
     if stamp["nvcc"]:
-        codes = [option.partition("code=")[2] for option in stamp["gencode"]]
+        codes = [option.rpartition("=")[2] for option in stamp["gencode"]]
         lines.append(f"  CUDA kernels for {', '.join(codes)} ({stamp['nvcc_version']})")
     else:
         lines.append("  without CUDA kernels: nvcc was not found, or no GPU is here to build them for")
