@@ -15,9 +15,6 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", CUDA]
 ON_GPU = ("torch", "triton", "cuda")
 BACKENDS = [("cpu", "torch"), *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ON_GPU)]
-    ("cpu", "torch"),
-    *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("torch", "triton", "cuda")),
-]
 
 
 @pytest.fixture(autouse=True)
