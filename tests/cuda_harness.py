@@ -27,6 +27,7 @@ from spade_fast.build import csrc, cuda_home, find_nvcc
 from spade_fast.ops import backend as backends
 
 TESTS = Path(__file__).resolve().parent
+ROUNDING = 2.0**-24  # of float32
 NATIVE_OPS = (
     "patterns", "segments", "embedding_sum", "embedding_sum_backward", "statistics", "modulation", "modulation_backward"
 )  # fmt: skip
@@ -262,6 +263,26 @@ class Kernels:
         return dtable, dbias
 
 
+class BothOrders:
+    """The launchers of Kernels, each called twice: forwards and in reverse."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def __getattr__(self, name: str):
+        def run(*args, **options):
+            first = getattr(self.kernels, name)(*args, **options)
+            self.kernels.run_reversed(True)
+            second = getattr(self.kernels, name)(*args, **options)
+            self.kernels.run_reversed(False)
+            pairs = [(first, second)] if isinstance(first, torch.Tensor) else zip(first, second, strict=True)
+            for a, b in pairs:
+                assert torch.equal(a, b), name  # NaN is equal to nothing: every element was written
+            return first
+
+        return run
+
+
 def _value(a: object) -> object:
     if a is None:
         return ctypes.c_void_p(0)
@@ -272,3 +293,26 @@ def _value(a: object) -> object:
     if isinstance(a, bool):
         return ctypes.c_int(int(a))
     return ctypes.c_int64(a) if isinstance(a, int) else a
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random(*shape, dtype=torch.float32, seed=0, mean=0.0):
+    return (torch.randn(shape, generator=generator(seed), dtype=torch.float64) + mean).to(dtype)
+
+
+def lay_out(t, channels_last):
+    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def close(actual, expected, size, terms=1):
+    """Within one rounding to the result's dtype and the roundings of a float32 sum of `terms` numbers, of `size` in
+    all: the first is of the result, the others grow with the square root of their number."""
+    bound = torch.finfo(actual.dtype).eps / 2 * expected.abs() if actual.dtype != torch.float32 else 0.0
+    # below the smallest normal number of float16 its spacing no longer shrinks
+    bound = bound + torch.finfo(actual.dtype).tiny * torch.finfo(actual.dtype).eps
+    bound = bound + 8 * ROUNDING * (1 + terms**0.5) * size
+    wrong = (actual.double() - expected).abs() > bound
+    assert not wrong.any(), (actual.double() - expected).abs().max()
