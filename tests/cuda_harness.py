@@ -232,10 +232,10 @@ class Kernels:
 
     def modulation_backward(
         self, args: ModulationArgs, douts: list[Tensor], order: Tensor | None, offsets: Tensor | None, stats: bool,
-        like: Tensor, params: list[Tensor], skip: int = 0,
+        like: Tensor, params: list[Tensor], skip_dx: int = 0, skip_dparams: int = 0,
     ) -> list[Tensor]:  # fmt: skip
-        dx = poisoned(*like.shape, dtype=like.dtype, skip=skip, channels_last=True)
-        dparams = [poisoned(*p.shape, dtype=p.dtype, skip=skip, channels_last=p.dim() == 4) for p in params]
+        dx = poisoned(*like.shape, dtype=like.dtype, skip=skip_dx, channels_last=True)
+        dparams = [poisoned(*p.shape, dtype=p.dtype, skip=skip_dparams, channels_last=p.dim() == 4) for p in params]
         memory = self.workspace("modulation_backward", ctypes.byref(args))
         self.call(
             "modulation_backward", ctypes.byref(args), pointers(douts), order, offsets, stats, dx, pointers(dparams),

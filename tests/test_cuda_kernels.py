@@ -198,7 +198,7 @@ def _address_sanitizer(library: str) -> None:
                     if channels_last:
                         case.check_backward(kernels, True)
     test_cuda_modulation.test_one_pattern_owns_most_pixels(kernels, 4, 0.7)
-    for which in ("x", "mean", "rstd", "params", "douts", "results"):
+    for which in ("x", "mean", "rstd", "params", "douts", "outs", "dparams"):
         test_cuda_modulation.test_each_tensor_alone_may_be_unaligned(kernels, which, False)
         test_cuda_modulation.test_each_tensor_alone_may_be_unaligned(kernels, which, True)
     test_embedding_sum(kernels, (300, 9, 20, 128), True, True, torch.float32)

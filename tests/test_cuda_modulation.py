@@ -89,7 +89,7 @@ class Modulation:
         ):
             close(actual, expected, size=1 + float(expected.abs().max()))
 
-    def check_backward(self, kernels, stats, skip_douts=None):
+    def check_backward(self, kernels, stats, skip_douts=None, skip_dparams=None):
         x = self.x.double().requires_grad_()
         params = [p.double().requires_grad_() for p in self.params]
         douts = []
@@ -101,7 +101,15 @@ class Modulation:
         loss = sum((o * d.double()).sum() for o, d in zip(self.outs(x, params, not stats), douts, strict=True))
         expected = torch.autograd.grad(loss, [x, *params])
         actual = kernels.modulation_backward(
-            self.args, douts, self.order, self.offsets, stats, self.x, self.params, self.skip
+            self.args,
+            douts,
+            self.order,
+            self.offsets,
+            stats,
+            self.x,
+            self.params,
+            self.skip,
+            self.skip if skip_dparams is None else skip_dparams,
         )
         terms = self.x.numel() / self.x.shape[1] * self.upsample**2
         # normalising multiplies a rounding of x by rstd; the sums are of dout times numbers of the size of xhat
@@ -138,7 +146,7 @@ def test_modulation_of_every_dtype(kernels, dtypes, channels_last, dense, upsamp
     Modulation((2, 24, 6, 5), "batch", upsample, 2, dense, **options).check_forward(kernels)
 
 
-@pytest.mark.parametrize("which", ["x", "mean", "rstd", "params", "douts", "results"])
+@pytest.mark.parametrize("which", ["x", "mean", "rstd", "params", "douts", "outs", "dparams"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_each_tensor_alone_may_be_unaligned(kernels, which, dense):
     for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
@@ -147,10 +155,10 @@ def test_each_tensor_alone_may_be_unaligned(kernels, which, dense):
             case.params = [case.params[0], misalign(case.params[1], 1)]
         elif which in ("x", "mean", "rstd"):
             setattr(case, which, misalign(getattr(case, which), 1))
-        case.skip = int(which == "results")
+        case.skip = int(which == "outs")  # and dx
         case.prepare()
         case.check_forward(kernels)
-        case.check_backward(kernels, True, skip_douts=int(which == "douts"))
+        case.check_backward(kernels, True, skip_douts=int(which == "douts"), skip_dparams=int(which == "dparams"))
 
 
 def test_modulation_without_pattern(kernels):
