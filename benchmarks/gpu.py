@@ -51,7 +51,7 @@ PARTS = (
     Part("ops", (*PYTHON, "benchmarks.ops", "--device", "{device}", "--quick", "--json", "{json}"), 90),
     Part("layer", (*PYTHON, "benchmarks.layer", "--device", "{device}", "--quick", "--json", "{json}"), 120),
     Part("generator", (*PYTHON, "benchmarks.generator", "--device", "{device}", "--quick", "--json", "{json}"), 120),
-    Part("step", (*PYTHON, "benchmarks.step", "--device", "{device}", "--quick", "--json", "{json}"), 120),
+    Part("train_step", (*PYTHON, "benchmarks.train_step", "--device", "{device}", "--quick", "--json", "{json}"), 120),
 )
 
 
