@@ -138,11 +138,13 @@ def measure(options: argparse.Namespace) -> dict:
         for op, (call, floor_bytes) in work.items():
             with backend.use("torch"):
                 expected = call()
+            # Backward: a value within rounding of LeakyReLU's kink may fall on either side of it.
+            bound = 2e-2 if dtype == torch.bfloat16 else 1e-3 if "backward" in op else 1e-4
             calls = {}
             for name in names:
                 with backend.use(name):
                     for i, (got, want) in enumerate(zip(call(), expected, strict=True)):
-                        check(f"{op} on {name}, result {i}", got, want, 2e-2 if dtype == torch.bfloat16 else 1e-4)
+                        check(f"{op} on {name}, result {i}", got, want, bound)
 
                 def timed(name=name, call=call) -> None:
                     with backend.use(name):
