@@ -67,14 +67,17 @@ def _learning_rates(config: TrainConfig, epochs: int) -> list[str]:
 
 
 def _memory(config: TrainConfig, nets: dict[str, nn.Module], vgg: nn.Module | None, label_nc: int) -> list[str]:
-    """Weights with gradients and Adam's two moments (16 bytes a parameter), and what autograd keeps for backward."""
+    """Weights with gradients and Adam's two moments (16 bytes a parameter), the generator's moving average, and what
+    autograd keeps for backward of one micro-batch on one process, in float32."""
     fixed = 16 * sum(models.count_parameters(net) for net in nets.values())
+    if config.ema > 0:
+        fixed += 4 * models.count_parameters(nets["generator"])
     if vgg is not None:
         fixed += 4 * models.count_parameters(vgg)
-    kept = config.batch_size * saved_bytes(config, nets, vgg, label_nc)
+    kept = -(-config.batch_size // config.accumulate) * saved_bytes(config, nets, vgg, label_nc)
     return [
         f"memory         at most about {(fixed + kept) / 2**30:.2f} GiB: weights and optimisers {fixed / 2**30:.2f}, "
-        f"kept for backward {kept / 2**30:.2f} (by plain SPADE layers; workspaces not counted)"
+        f"kept for backward {kept / 2**30:.2f} (by plain SPADE layers in float32, on one process; workspaces not counted)"
     ]
 
 
