@@ -1,15 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from spade_fast import ops
 from spade_fast.ops import backend
 
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
-def test_torch_is_the_default_on_a_cpu(monkeypatch):
+
+def test_default_is_the_fastest_that_is_available(monkeypatch):
     monkeypatch.delenv("SPADE_FAST_BACKEND", raising=False)
-    assert backend.choose("statistics", torch.device("cpu")) == "torch"
-    assert "torch" in backend.available()
+    cpu = torch.device("cpu")
+    for missing, chosen in ((), "cpp"), (("cpp",), "torch"):
+        monkeypatch.setattr(backend, "_chosen", {})
+        monkeypatch.setattr(backend, "why_not", lambda name, device, m=missing: "missing" if name in m else None)
+        assert backend.choose("statistics", cpu) == chosen
+        assert backend.choose("pattern_params", cpu) == "torch"  # cpp does not have it
+
+
+def test_an_op_that_the_chosen_backend_lacks_runs_on_torch(monkeypatch):
+    monkeypatch.setattr(backend, "why_not", lambda name, device="cpu": None)
+    with backend.use("cpp"):
+        assert backend.choose("statistics", torch.device("cpu")) == "cpp"
+        assert backend.choose("pattern_params", torch.device("cpu")) == "torch"
+
+
+def test_the_table_of_the_fastest_is_what_was_measured():
+    """On a CPU every op takes the backend that won more of the measured sizes."""
+    result = json.loads((RESULTS / "ops_cpu.json").read_text())
+    for op in filter(lambda op: backend.has("cpp", op), backend.OPS):
+        rows = [row for name, row in result["ops"].items() if name.split(",")[0].split(" ")[0] == op]
+        rows = [{b: row[b]["median_ms"] for b in ("torch", "cpp") if b in row} for row in rows]
+        winners = [min(row, key=row.get) for row in rows if len(row) == 2]
+        if winners:  # a backward without a row of its own is timed elsewhere
+            assert backend.FASTEST["cpu"].get(op, "torch") == max(set(winners), key=winners.count), op
 
 
 def test_environment_variable_overrides(monkeypatch):

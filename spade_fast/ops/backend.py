@@ -29,8 +29,8 @@ _NATIVE_OPS = (
     "modulation_backward",
 )
 OPS = (*_NATIVE_OPS, "pattern_params", "pattern_params_backward", "label_conv", "label_conv_backward")
-# Nothing is measured yet; on a GPU Triton has every op.
-FASTEST: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {}}
+# CPU: measured, benchmarks/results/ops_cpu.json. GPU: nothing is measured yet; Triton has every op.
+FASTEST: dict[str, dict[str, str]] = {"cpu": dict.fromkeys(_NATIVE_OPS, "cpp"), "cuda": {}}
 DEFAULT = {"cpu": "torch", "cuda": "triton"}
 _override: list[str] = []
 
