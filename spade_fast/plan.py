@@ -77,7 +77,7 @@ def _memory(config: TrainConfig, nets: dict[str, nn.Module], vgg: nn.Module | No
     kept = -(-config.batch_size // config.accumulate) * saved_bytes(config, nets, vgg, label_nc)
     return [
         f"memory         at most about {(fixed + kept) / 2**30:.2f} GiB: weights and optimisers {fixed / 2**30:.2f}, "
-        f"kept for backward {kept / 2**30:.2f} (by plain SPADE layers in float32, on one process; workspaces not counted)"
+        f"kept for backward {kept / 2**30:.2f} (by plain SPADE layers, float32, one process; workspaces not counted)"
     ]
 
 

@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 PARTS = ("data", "generator", "discriminator", "VGG", "losses", "backward", "optimiser")
 STEPS = 3  # traced, and as many timed
-_COLLECTIVES = ("gloo:", "nccl:", "ncclDevKernel")
 
 _times: dict[str, float] | None = None
 
@@ -96,10 +95,10 @@ class StepProfile:
         _synchronize()
         self._profile.stop()
         for event in self._profile.key_averages():
-            if event.key.startswith(_COLLECTIVES):
-                # A GPU's collective is a kernel; a CPU's has a time of its own alone.
-                micro = getattr(event, "device_time_total", 0) or event.cpu_time_total
-                self._communication += 1e-6 * micro
+            if event.key.startswith("ncclDevKernel"):  # a collective on a GPU is a kernel
+                self._communication += 1e-6 * event.device_time_total
+            elif event.key.startswith("gloo:"):
+                self._communication += 1e-6 * event.cpu_time_total
         if self.write:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(self.folder / "trace.json"))
