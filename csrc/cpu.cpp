@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu.h"
 
-#include <cstring>
+#include <ATen/ops/empty.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 namespace spade_fast::cpu {
 namespace {
@@ -73,6 +77,20 @@ void scatter(const View& view, int64_t offset, int64_t count, const A* buffer) {
 }
 
 }  // namespace
+
+at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor tensor = at::empty(sizes, options);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t kLarge = size_t{8} << 20;
+  if (tensor.nbytes() >= kLarge) {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
+    const auto end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: without it, all works alike
+  }
+#endif
+  return tensor;
+}
 
 template <typename A>
 void gather_tile(const View& view, int64_t n, int64_t y, int64_t x, int64_t count, A* buffer) {

@@ -50,6 +50,10 @@ std::unique_ptr<A[]> buffer(int64_t size) {
   return std::unique_ptr<A[]>(new A[size]);  // not initialised
 }
 
+// at::empty, for large tensors on large pages where the system gives them when asked: to map fresh memory by pages of
+// 4 KiB costs more than the arithmetic on it.
+at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+
 // A tensor [N, C, H, W] wherever its elements lie; strides in elements.
 struct View {
   char* data;

@@ -30,7 +30,7 @@ std::vector<at::Tensor> forward(const ModulationCall<A>& call, const at::Tensor&
   std::vector<at::Tensor> outs;
   std::vector<View> views;
   for (int64_t m = 0; m < call.outputs; ++m) {
-    outs.push_back(at::empty({call.n, c, call.h * r, w * r}, x.options().memory_format(memory_format(x))));
+    outs.push_back(empty({call.n, c, call.h * r, w * r}, x.options().memory_format(memory_format(x))));
     views.emplace_back(outs.back());
   }
   if (x.numel() == 0) return outs;

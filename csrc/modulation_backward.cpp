@@ -40,7 +40,7 @@ at::Tensor with_rows(const at::Tensor& t) {
   const View view(t);
   if (view.channel == 1) return t;
   const int64_t n = t.size(0), c = t.size(1), h = t.size(2), w = t.size(3);
-  const at::Tensor copy = at::empty(
+  const at::Tensor copy = empty(
       t.sizes(), t.options().dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::ChannelsLast));
   at::parallel_for(0, n * h, std::max<int64_t>(1, 32768 / (w * c)), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) gather_tile(view, i / h, i % h, 0, w, copy.data_ptr<A>() + i * w * c);
@@ -61,7 +61,7 @@ class Backward {
     const int64_t c = call_.c, patterns = call_.patterns;
     std::vector<at::Tensor> sums;
     for (int64_t m = 0; m < call_.outputs; ++m)
-      sums.push_back(at::empty({patterns, 2 * c}, params_[m].options().dtype(c10::CppTypeToScalarType<A>::value)));
+      sums.push_back(empty({patterns, 2 * c}, params_[m].options().dtype(c10::CppTypeToScalarType<A>::value)));
     sum_patterns(order, offsets, sums);
     if (stats_) sum_channels(offsets, sums);
     pixel_pass<false>({}, View(dx_), nullptr, 1);
@@ -74,7 +74,7 @@ class Backward {
     std::vector<at::Tensor> result{dx_};
     std::vector<View> dparams;
     for (const auto& p : params_) {
-      result.push_back(at::empty(p.sizes(), p.options().memory_format(at::MemoryFormat::ChannelsLast)));
+      result.push_back(empty(p.sizes(), p.options().memory_format(at::MemoryFormat::ChannelsLast)));
       dparams.emplace_back(result.back());
     }
     const View dx(dx_);
@@ -83,7 +83,7 @@ class Backward {
       return result;
     }
     const bool in_place = dx.template direct<A>();
-    const at::Tensor weighted = in_place ? dx_ : at::empty(x_.sizes(), x_.options()
+    const at::Tensor weighted = in_place ? dx_ : empty(x_.sizes(), x_.options()
         .dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::ChannelsLast));
     const int64_t block = std::max<int64_t>(1, 512 / call_.w);  // rows of x summed in sequence
     const int64_t blocks = (call_.h + block - 1) / block;
@@ -284,7 +284,7 @@ std::vector<at::Tensor> backward(
     at::TensorList douts, const at::Tensor& x, const Optional& mean, const Optional& rstd, at::TensorList params,
     const Optional& ids, const Optional& order, const Optional& offsets, at::ArrayRef<double> slopes,
     int64_t upsample, bool stats) {
-  const at::Tensor dx = at::empty(x.sizes(), x.options().memory_format(memory_format(x)));
+  const at::Tensor dx = empty(x.sizes(), x.options().memory_format(memory_format(x)));
   TORCH_CHECK(douts.size() == params.size(), "modulation_backward: expected ", params.size(), " douts, got ",
               douts.size());
   for (const auto& d : douts)
