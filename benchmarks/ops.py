@@ -42,6 +42,7 @@ def cases(labels: LabelMap, channels: int, size: int, dtype: torch.dtype) -> dic
     x = torch.randn(n, c, size, size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     small = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
     params = torch.randn(found.taps.shape[0], 2 * c, device=device, dtype=half)
+    second = params.flip(0)
     dense = torch.randn(n, 2 * c, size, size, device=device, dtype=half).contiguous(memory_format=torch.channels_last)
     mean, m2 = ops.statistics(x, False)
     rstd = torch.rsqrt(m2 / (n * size * size) + 1e-5)
@@ -66,6 +67,10 @@ def cases(labels: LabelMap, channels: int, size: int, dtype: torch.dtype) -> dic
             lambda: [call.embedding_sum(table, bias, found.codes, labels.has_edges, True)],
             nbytes(table, found.codes) + 4 * a.numel(),
         ),
+        "embedding_sum_backward": (
+            lambda: list(call.embedding_sum_backward(a, a, found.codes, labels.label_nc, labels.has_edges, True)),
+            nbytes(found.codes, table) + 2 * 4 * a.numel(),
+        ),
         "pattern_params": (parameters, nbytes(a, found.taps, *weights, params)),
         "pattern_params_backward": (
             lambda: list(gradients(params, a, found.taps, *weights, *segments)),
@@ -81,7 +86,7 @@ def cases(labels: LabelMap, channels: int, size: int, dtype: torch.dtype) -> dic
             nbytes(x, x, found.ids, params),
         ),
         "modulation x2 outputs, upsampled": (
-            lambda: modulation(small, [params, params.flip(0)], index, [0.2, 1.0], 2),
+            lambda: modulation(small, [params, second], index, [0.2, 1.0], 2),
             nbytes(small, x, x, found.ids, params, params),
         ),
         "modulation dense": (lambda: modulation(x, [dense], none, [0.2], 1), nbytes(x, x, dense)),
