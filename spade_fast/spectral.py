@@ -194,6 +194,9 @@ class _SpectralConvolution(torch.autograd.Function):
             channels_last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
             layout = torch.channels_last if channels_last else torch.contiguous_format
             dw = dw.to(weight.dtype).contiguous(memory_format=layout)
+            if weight.is_contiguous(memory_format=layout):
+                # The same memory order; of a 1×1 kernel it allows several strides, and optimisers compare them.
+                dw = dw.as_strided(weight.shape, weight.stride())
             if not ctx.divide_output:
                 dw = dw / sigma
             matrix, of = ((t.permute(0, 2, 3, 1) if channels_last else t).flatten(1) for t in (dw, weight))

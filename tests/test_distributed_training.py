@@ -91,9 +91,10 @@ def test_steps_of_several_processes_are_those_of_one(world):
             assert torch.equal(value, other[key]), f"ranks differ in {key}"
 
 
-def test_gradients_have_the_memory_order_of_their_weights():
-    """torch's fused Adam goes through memory and does not look at strides."""
-    config = resolved(steps=3, batch_size=2)
+@pytest.mark.parametrize("amp", ["fp32", "bf16"])
+def test_gradients_have_the_strides_of_their_weights(amp):
+    """torch's fused Adam goes through memory and does not look at strides, or refuses others; so does a bucket."""
+    config = resolved(steps=3, batch_size=2, amp=amp)
     nets = build_networks(config, 13)
     for net in nets.values():
         init_weights(net)
