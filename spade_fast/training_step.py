@@ -165,6 +165,10 @@ class TrainingStep:
 
     def _update(self, name: str) -> None:
         with span("optimiser"):
+            for group in self.optimizers[name].param_groups:
+                for p in group["params"]:
+                    if p.grad is not None and p.grad.stride() != p.stride():
+                        p.grad = _with_strides_of(p)
             self.scalers[name].step(self.optimizers[name])
             self.scalers[name].update()
 
@@ -243,6 +247,14 @@ class TrainingStep:
         for name, scaler in self.scalers.items():
             if state.get("scalers", {}).get(name) and scaler.is_enabled():
                 scaler.load_state_dict(state["scalers"][name])
+
+
+def _with_strides_of(p: Tensor) -> Tensor:
+    """p's gradient with p's strides, which fused optimisers take for granted or insist on. Autograd sees to the memory
+    order, but of a 1×1 kernel that allows several strides."""
+    if all(size == 1 or a == b for size, a, b in zip(p.shape, p.stride(), p.grad.stride(), strict=True)):
+        return p.grad.as_strided(p.shape, p.stride())
+    return torch.empty_like(p).copy_(p.grad)
 
 
 def _in_float32(features: list) -> list[Tensor]:

@@ -91,10 +91,11 @@ def test_steps_of_several_processes_are_those_of_one(world):
             assert torch.equal(value, other[key]), f"ranks differ in {key}"
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("amp", ["fp32", "bf16"])
-def test_gradients_have_the_strides_of_their_weights(amp):
+def test_gradients_have_the_strides_of_their_weights(amp, kernel_size):
     """torch's fused Adam goes through memory and does not look at strides, or refuses others; so does a bucket."""
-    config = resolved(steps=3, batch_size=2, amp=amp)
+    config = resolved(steps=3, batch_size=2, amp=amp, kernel_size=kernel_size)
     nets = build_networks(config, 13)
     for net in nets.values():
         init_weights(net)
