@@ -11,15 +11,21 @@ namespace {
 
 constexpr int32_t kNothing = -1;
 
-// Rows of the flattened table [T * rows] that one row of codes adds up; returns how many. numbers [2T].
-inline int64_t row_numbers(const int32_t* codes, int64_t taps, int64_t rows, bool edges, int64_t* numbers) {
+// A table [T, L, Hd] as rows of Hd: the one of a tap and a label has number tap * steps.tap + label * steps.label.
+struct Steps {
+  int64_t tap, label;
+};
+
+// Rows of the table [T, rows, Hd] that one row of codes adds up; returns how many. numbers [2T].
+inline int64_t row_numbers(
+    const int32_t* codes, int64_t taps, int64_t rows, Steps steps, bool edges, int64_t* numbers) {
   int64_t count = 0;
   for (int64_t t = 0; t < taps; ++t) {
     const int32_t code = codes[t];
     if (code < 0) continue;
     const int64_t label = edges ? code >> 1 : code;
-    if (label < rows - (edges ? 1 : 0)) numbers[count++] = t * rows + label;
-    if (edges && (code & 1)) numbers[count++] = t * rows + rows - 1;
+    if (label < rows - (edges ? 1 : 0)) numbers[count++] = t * steps.tap + label * steps.label;
+    if (edges && (code & 1)) numbers[count++] = t * steps.tap + (rows - 1) * steps.label;
   }
   return count;
 }
@@ -60,16 +66,35 @@ SPADE_FAST_CLONES void rectify(A* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = values[i] < 0 ? 0 : values[i];
 }
 
+// The table's rows in the dtype of the sums. A convolution's weight [Hd, L, k, k], whose taps and labels lie together in
+// memory, is transposed in blocks, its rows in the order in which they lie there.
+template <typename A>
+std::pair<at::Tensor, Steps> table_rows(const at::Tensor& table) {
+  const int64_t taps = table.size(0), rows = table.size(1), width = table.size(2);
+  const Steps lie{table.stride(0), table.stride(1)};
+  const bool together = (lie.tap == 1 && lie.label == taps) || (lie.label == 1 && lie.tap == rows);
+  const auto type = c10::CppTypeToScalarType<A>::value;
+  if (table.stride(2) == 1 || !together) return {table.to(type).contiguous(), {rows, 1}};
+  const at::Tensor columns = table.as_strided({1, width, 1, taps * rows}, {0, table.stride(2), 0, 1});
+  const at::Tensor values = at::empty({taps * rows, width}, table.options().dtype(type));
+  const View view(columns);
+  at::parallel_for(0, taps * rows, 256, [&](int64_t first, int64_t last) {
+    gather_tile(view, 0, 0, first, last - first, values.data_ptr<A>() + first * width);
+  });
+  return {values, lie};
+}
+
 template <typename A>
 void forward(const at::Tensor& table, const at::Tensor& bias, const int32_t* codes, bool edges, bool relu, A* out,
              int64_t count) {
   const int64_t taps = table.size(0), rows = table.size(1), width = table.size(2);
-  const A *values = table.const_data_ptr<A>(), *start = bias.const_data_ptr<A>();
+  const auto [storage, steps] = table_rows<A>(table);
+  const A *values = storage.template const_data_ptr<A>(), *start = bias.const_data_ptr<A>();
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, taps * width));
-  at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, count, grain, [&, steps = steps](int64_t first, int64_t last) {
     const auto numbers = buffer<int64_t>(2 * taps);
     for (int64_t q = first; q < last; ++q) {
-      const int64_t used = row_numbers(codes + q * taps, taps, rows, edges, numbers.get());
+      const int64_t used = row_numbers(codes + q * taps, taps, rows, steps, edges, numbers.get());
       sum_rows(values, width, numbers.get(), used, start, out + q * width);
       if (relu) rectify(out + q * width, width);
     }
@@ -84,15 +109,14 @@ at::Tensor embedding_sum(const at::Tensor& table, const std::optional<at::Tensor
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == width), "embedding_sum: bias must have shape [", width,
               "], got ", bias ? bias->sizes() : at::IntArrayRef());
   const auto options = table.options().dtype(type);
-  const at::Tensor values = table.to(type).contiguous();
   const at::Tensor start = bias ? bias->to(type).contiguous() : at::zeros({width}, options);
   const at::Tensor source = codes.contiguous();
   const at::Tensor out = at::empty({codes.size(0), width}, options);
   const auto* code = source.const_data_ptr<int32_t>();
   if (type == at::kDouble)
-    forward<double>(values, start, code, edges, relu, out.data_ptr<double>(), codes.size(0));
+    forward<double>(table, start, code, edges, relu, out.data_ptr<double>(), codes.size(0));
   else
-    forward<float>(values, start, code, edges, relu, out.data_ptr<float>(), codes.size(0));
+    forward<float>(table, start, code, edges, relu, out.data_ptr<float>(), codes.size(0));
   return out.to(table.scalar_type());
 }
 
@@ -148,7 +172,7 @@ void backward(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& c
   const auto* code = codes.const_data_ptr<int32_t>();
   const auto one = buffer<int64_t>(columns);
   for (int64_t q = 0; q < count; ++q) {
-    const int64_t used = row_numbers(code + q * taps, taps, rows, edges, one.get());
+    const int64_t used = row_numbers(code + q * taps, taps, rows, {rows, 1}, edges, one.get());
     int32_t* row = numbers.get() + q * columns;
     for (int64_t j = 0; j < columns; ++j) row[j] = j < used ? static_cast<int32_t>(one[j]) : kNothing;
   }

@@ -102,6 +102,24 @@ def test_one_pattern_owns_most_pixels():
         assert float((dparams.double() - expected).abs().max()) < 2**-24 * 87000 * 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "permuted",
+    [
+        lambda t: t.permute(2, 1, 0).contiguous().permute(2, 1, 0),  # a convolution weight [Hd, L, k, k]
+        lambda t: t.permute(2, 0, 1).contiguous().permute(1, 2, 0),  # the same, channels-last
+        lambda t: t.repeat_interleave(2, 1)[:, ::2],  # labels not adjacent
+        lambda t: t.repeat_interleave(2, 2)[:, :, 1::2],  # nor hidden values
+        lambda t: t[:1].expand(9, -1, -1),
+    ],
+)
+def test_strides_of_the_table_do_not_matter(permuted, dtype):
+    table = permuted(random(9, 21, 37, dtype=dtype))  # sizes that are no multiple of a block
+    codes = torch.randint(-1, 44, (50, 9), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    actual = native.embedding_sum(table, None, codes, True, False)
+    assert torch.equal(actual, native.embedding_sum(table.contiguous(), None, codes, True, False))
+
+
 def test_dtypes_may_differ():
     """Half precision activations with float32 parameters, by pattern and by pixel."""
     ids = torch.zeros(1, 4, 6, dtype=torch.int32)
