@@ -79,9 +79,29 @@ def layer() -> list[str]:
     ]
 
 
+def train_step() -> list[str]:
+    result = read("train_step_cpu.json")
+    config = result["config"]
+    size = f"{config['crop']}×{config['crop']}, ngf {config['ngf']}, batch {config['batch']}"
+    rows = [f"| training step, {size}, fp32, two CPU cores | time | peak memory |", "| --- | --- | --- |"]
+    for name, times in result["times"].items():
+        ratio = result["ratios"].get(name)
+        memory = result["peak_memory_bytes"][name] / 2**30
+        rows.append(
+            f"| {name} | {times['median_ms']:.0f} ms" + (f" ({ratio:.2f}×)" if ratio else "") + f" | {memory:.2f} GiB |"
+        )
+    return [
+        *rows,
+        "",
+        "Both networks' updates with hinge, feature-matching and VGG losses. Weights, gradients, Adam's moments and VGG are "
+        "part of the memory, alike in all.",
+        source("train_step_cpu.json", result, "benchmarks.train_step --crop 128 --ngf 32 --batch 2"),
+    ]
+
+
 def figures() -> str:
     """The README's text between the markers."""
-    return "\n\n".join("\n".join(part()) for part in (macs, generator, layer)) + "\n"
+    return "\n\n".join("\n".join(part()) for part in (macs, generator, layer, train_step)) + "\n"
 
 
 def main() -> int:
