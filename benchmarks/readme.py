@@ -93,8 +93,8 @@ def train_step() -> list[str]:
     return [
         *rows,
         "",
-        "Both networks' updates with hinge, feature-matching and VGG losses. Weights, gradients, Adam's moments and VGG "
-        "are part of the memory, alike in all.",
+        "Both networks' updates with hinge, feature-matching and VGG losses. Weights, gradients, Adam's moments and "
+        "VGG are part of the memory, alike in all.",
         source("train_step_cpu.json", result, "benchmarks.train_step --crop 128 --ngf 32 --batch 2"),
     ]
 
