@@ -19,6 +19,7 @@ from spade_fast.patterns import Patterns
 from spade_fast.spectral import SpectralConv2d, hold_power_iteration
 
 SLOPE = 0.2  # LeakyReLU everywhere in the generator and the discriminator
+FEW_PIXELS = 256  # up to so many in a batch, calls cost more than arithmetic on a CPU: torch's own cost least
 DENSE_ABOVE = 0.9  # distinct patterns a pixel above which one convolution over the pixels costs less
 _recognised: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # segmap -> (its version, LabelMap or None)
 _recomputing = 0
@@ -109,9 +110,24 @@ class FusedSPADE(nn.Module):
 
     def label_pixel_params(self, patterns: Patterns, edges: bool) -> Tensor:
         """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel, for maps with few repeated patches."""
+        return self._gamma_beta(self._hidden_pixels(patterns, edges))
+
+    def _hidden_pixels(self, patterns: Patterns, edges: bool) -> Tensor:
+        """[N, hidden_nc, H, W]: the hidden layer at every pixel."""
         # With few repeats, one sum a pixel costs less than one a patch and then a gather.
         hidden = self._hidden_rows(patterns.pixel_codes, edges)
-        return self._gamma_beta(hidden.view(*patterns.hidden_ids.shape, -1).permute(0, 3, 1, 2))
+        return hidden.view(*patterns.hidden_ids.shape, -1).permute(0, 3, 1, 2)
+
+    def modulate_few_pixels(self, x: Tensor, patterns: Patterns, edges: bool, slope: float) -> Tensor:
+        """The layer by torch's own operations."""
+        hidden, norm = self._hidden_pixels(patterns, edges), self.param_free_norm
+        if _recomputing and norm.training and norm.running_mean is not None:  # they were updated the first time
+            running = norm.running_mean.clone(), norm.running_var.clone()
+            xhat = F.batch_norm(x, *running, training=True, eps=norm.eps)
+        else:
+            xhat = norm(x)
+        out = xhat * (1 + self.mlp_gamma(hidden)) + self.mlp_beta(hidden)
+        return out if slope == 1.0 else F.leaky_relu(out, slope)
 
     def pixel_params(self, segmap: Tensor, size: tuple[int, int]) -> Tensor:
         """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel, from a dense map [N, label_nc, h, w]."""
@@ -128,7 +144,7 @@ class FusedSPADE(nn.Module):
         return F.conv2d(hidden, weight, bias, padding=self.kernel_size // 2)
 
 
-Recipe = tuple[Callable[..., Tensor], list[Tensor | None]]  # function and tensors that give an output again
+Recipe = tuple[Callable[..., Tensor], list[Tensor | None]] | None  # function and tensors that give an output again
 
 
 def modulate(
@@ -141,7 +157,8 @@ def modulate(
     """The outputs of one or two FusedSPADE layers of the same kind on the same x: statistics and reads of x are shared.
 
     Arguments as in :meth:`FusedSPADE.forward`, an activation for each layer. Also returned, for each output: how to
-    compute it again from what is kept for backward anyway, so that a convolution after it need not keep it.
+    compute it again from what is kept for backward anyway, so that a convolution after it need not keep it (None: it
+    must keep it).
     """
     first = layers[0]
     slopes = [_slope(a) for a in activations]
@@ -161,6 +178,10 @@ def modulate(
         patterns = labels.patterns(*size, first.kernel_size, backward=torch.is_grad_enabled())
         # A traced graph must not depend on how many patterns this map has.
         if not torch.compiler.is_compiling() and patterns.density > DENSE_ABOVE:
+            if upsample == 1 and _few_pixels(x, first):
+                pairs = zip(layers, slopes, strict=True)
+                outs = [layer.modulate_few_pixels(x, patterns, labels.has_edges, slope) for layer, slope in pairs]
+                return outs, [None] * len(outs)
             params = [layer.label_pixel_params(patterns, labels.has_edges) for layer in layers]
         else:
             params = [layer.pattern_params(patterns, labels.has_edges) for layer in layers]
@@ -183,6 +204,18 @@ def modulate(
         for (mean, rstd, depends, _), p, slope in zip(statistics, params, slopes, strict=True)
     ]
     return outs, recipes
+
+
+def _few_pixels(x: Tensor, layer: FusedSPADE) -> bool:
+    norm = layer.param_free_norm
+    return (
+        x.device.type == "cpu"
+        and 1 < x.shape[0] * x.shape[2] * x.shape[3] <= FEW_PIXELS
+        and x.dtype == layer.mlp_gamma.weight.dtype
+        and not torch.is_autocast_enabled("cpu")
+        and isinstance(norm, nn.BatchNorm2d)
+        and not (norm.training and sync.group_of(layer.norm, layer.process_group))
+    )
 
 
 def _modulate_again(slope: float, upsample: int, x, mean, rstd, params, ids) -> Tensor:

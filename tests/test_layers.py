@@ -93,13 +93,17 @@ def test_without_edges_and_with_300_classes():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dense_above", [-1.0, 2.0])
-def test_dense_and_pattern_path_agree(monkeypatch, training, dense_above):
-    """The same map through either path, which the layer chooses by the number of patterns."""
+@pytest.mark.parametrize(("dense_above", "few_pixels"), [(2.0, 256), (-1.0, 0), (-1.0, 256)])
+def test_every_path_agrees(monkeypatch, training, dense_above, few_pixels):
+    """The same map through each path; the layer chooses by the numbers of patterns and pixels."""
     monkeypatch.setattr(layers, "DENSE_ABOVE", dense_above)
+    monkeypatch.setattr(layers, "FEW_PIXELS", few_pixels)
+    calls, modulation = [], layers.ops.modulation
+    monkeypatch.setattr(layers.ops, "modulation", lambda *args: calls.append(args) or modulation(*args))
     plain, fused = pair()
     plain.train(training), fused.train(training)
     compare(plain, fused, activation(), label_map(), slope=0.2)
+    assert bool(calls) == (dense_above == 2.0 or few_pixels == 0)
 
 
 @given(
