@@ -11,7 +11,6 @@ imports nothing but the standard library, and torch when parameters are asked fo
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -30,7 +29,11 @@ class BuildError(RuntimeError):
 
 
 def csrc() -> Path:
-    """The directory of the sources, in an installed package or in a checkout."""
+    """The directory of the sources, in an installed package or in a checkout.
+
+    Raises:
+        BuildError: it is in neither.
+    """
     for directory in (_HERE / "csrc", _HERE.parent / "csrc"):
         if (directory / "library.cpp").is_file():
             return directory
@@ -54,9 +57,14 @@ def cuda_home(nvcc: Path) -> Path:
     return Path(found.group(1)).resolve() if found else nvcc.parent.parent
 
 
-def architectures(nvcc: Path) -> list[str]:
-    """-gencode options for TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), or for those of the default list that nvcc knows."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
+def architectures(nvcc: Path, otherwise: str = "") -> list[str]:
+    """-gencode options for TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), without it for `otherwise`, a list of the same form,
+    and without either for those of the default list that nvcc knows.
+
+    Raises:
+        BuildError: a list of another form, or nvcc does not run.
+    """
+    asked = (os.environ.get("TORCH_CUDA_ARCH_LIST") or otherwise).replace(" ", ";")
     if asked:
         codes = [a.removesuffix("+PTX").replace(".", "") for a in asked.split(";") if a]
         ptx = [a.removesuffix("+PTX").replace(".", "") for a in asked.split(";") if a.endswith("+PTX")]
@@ -105,11 +113,11 @@ def sources_hash(cuda: bool) -> str:
 _CUDA_ONLY = ("cuda_bindings.cpp", "launchers.h")
 
 
-def parameters(cuda: bool = True) -> Parameters:
-    """The parameters for this machine and its torch.
+def parameters(cuda: bool = True, otherwise: str = "") -> Parameters:
+    """The parameters for this machine and its torch. otherwise: see `architectures`.
 
     Raises:
-        BuildError: no torch, no C++ compiler, or one that does not run.
+        BuildError: no torch, no C++ compiler, one that does not run, or a wrong TORCH_CUDA_ARCH_LIST.
     """
     try:
         import torch
@@ -127,7 +135,7 @@ def parameters(cuda: bool = True) -> Parameters:
         cxx_version=_output([*cxx.split(), "--version"]).partition("\n")[0],
         nvcc=str(nvcc) if nvcc else None,
         nvcc_version=_output([str(nvcc), "--version"]).strip().rpartition("\n")[2] if nvcc else None,
-        gencode=tuple(architectures(nvcc)) if nvcc else (),
+        gencode=tuple(architectures(nvcc, otherwise)) if nvcc else (),
     )
 
 
@@ -225,6 +233,9 @@ def build_cached(p: Parameters, retry: bool = False) -> Path:
     """The library for these parameters, built now unless it was before; safe under several processes.
 
     A failure is remembered until sources, torch or compiler change; retry tries again nevertheless.
+
+    Raises:
+        BuildError: see `build`.
     """
     import fcntl
 
@@ -251,22 +262,15 @@ def build_cached(p: Parameters, retry: bool = False) -> Path:
     return library
 
 
-@functools.cache
 def local_parameters() -> Parameters:
     """Parameters for this machine alone: CUDA kernels for the GPUs that are there, none without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
         return parameters(cuda=False)
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        names = [f"{major}.{minor}" + ("a" if major == 9 else "") for major, minor in sorted(found)]
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names)
-        try:
-            return parameters()
-        finally:
-            del os.environ["TORCH_CUDA_ARCH_LIST"]
-    return parameters()
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    names = [f"{major}.{minor}" + ("a" if major == 9 else "") for major, minor in sorted(found)]
+    return parameters(otherwise=";".join(names))
 
 
 def main() -> int:

@@ -171,6 +171,7 @@ def load_generator(path: str | Path, weights: str = "auto", **overrides) -> SPAD
     Raises:
         CheckpointError: unreadable, not a generator, without the weights asked for, or an option that only an argument
             can tell is not given.
+        ValueError: weights is none of the three.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")

@@ -119,7 +119,7 @@ class FusedSPADE(nn.Module):
         return hidden.view(*patterns.hidden_ids.shape, -1).permute(0, 3, 1, 2)
 
     def modulate_few_pixels(self, x: Tensor, patterns: Patterns, edges: bool, slope: float) -> Tensor:
-        """The layer by torch's own operations."""
+        """:meth:`forward` of x [N, norm_nc, H, W] with labels of its size, by torch's own operations."""
         hidden, norm = self._hidden_pixels(patterns, edges), self.param_free_norm
         if _recomputing and norm.training and norm.running_mean is not None:  # they were updated the first time
             running = norm.running_mean.clone(), norm.running_var.clone()

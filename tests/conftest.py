@@ -31,6 +31,15 @@ def backend(request):
 
 
 @pytest.fixture
+def one_thread():
+    """Small networks train fastest on one thread, and beside other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def strict_memory():
     """torch.empty gives NaN (the largest integer), so that an element nobody writes shows; and torch raises an error
     for an operation that is not deterministic."""

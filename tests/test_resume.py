@@ -19,6 +19,8 @@ from spade_fast.checkpoint import safe_load
 from spade_fast.run_directory import RunDirectory, RunDirectoryError
 from spade_fast.train import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The VAE draws noise in every step, and 9 samples of batch 2 end epochs in odd places: both must resume exactly.
 OPTIONS = (
     "--dataset synthetic --crop-size 32 --ngf 4 --ndf 4 --batch-size 2 --synthetic-size 9 --lambda-vgg 0 --use-vae "
@@ -70,14 +72,6 @@ def assert_same_state(a, b, path=""):
         assert torch.equal(a, b), path
     else:
         assert a == b, path
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

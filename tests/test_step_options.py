@@ -18,19 +18,13 @@ from spade_fast.ranks import Ranks
 from spade_fast.trainer import NON_FINITE_LIMIT, NonFiniteError, Trainer
 from spade_fast.training_step import TrainingStep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {
     **{"dataset": "synthetic", "crop_size": 32, "ngf": 4, "ndf": 4, "batch_size": 5, "synthetic_size": 10, "steps": 3},
     **{"lambda_vgg": 0.0, "lambda_l1": 1.0, "workers": 0, "num_samples": 1, "sample_every": 0, "tensorboard": False},
     **{"log_every": 1, "use_vae": True, "z_dim": 4, "device": "cpu"},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def resolved(**changes):

@@ -11,13 +11,7 @@ from spade_fast.checkpoint import FORMAT
 from spade_fast.pictures import to_uint8
 from spade_fast.synthesize import choose_z, draw_z, main, unique_name
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

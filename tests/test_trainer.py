@@ -20,18 +20,12 @@ from spade_fast.train import main
 from spade_fast.trainer import NonFiniteError, Trainer
 from spade_fast.training_step import TrainingStep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {
     **{"dataset": "synthetic", "crop_size": 32, "ngf": 4, "ndf": 4, "batch_size": 2, "synthetic_size": 6, "steps": 4},
     **{"lambda_vgg": 0.0, "workers": 0, "num_samples": 1, "sample_every": 0, "tensorboard": False, "log_every": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trainer(path, resume=False, **changes):
