@@ -157,6 +157,20 @@ void sort_positions(const int32_t* numbers, int64_t count, int64_t num, int32_t*
     if (!std::is_sorted(order + begin, order + end, by_number)) std::stable_sort(order + begin, order + end, by_number);
 }
 
+std::pair<at::Tensor, at::Tensor> checked_segments(
+    const char* what, const char* of, const at::Tensor& order, const at::Tensor& offsets, int64_t count, int64_t num) {
+  TORCH_CHECK(order.numel() == count && offsets.numel() == num + 1, what, " must be segments(", of, ", ", num, "), got ",
+              order.sizes(), " and ", offsets.sizes());
+  const at::Tensor positions = order.to(at::kInt).contiguous(), limits = offsets.to(at::kInt).contiguous();
+  int32_t least = 0, most = -1;
+  if (count > 0) range(positions.const_data_ptr<int32_t>(), count, &least, &most);
+  const auto* limit = limits.const_data_ptr<int32_t>();
+  TORCH_CHECK_INDEX(least >= 0 && most < count && limit[0] >= 0 && limit[num] <= count &&
+                        std::is_sorted(limit, limit + num + 1),
+                    what, " are not segments(", of, ", ", num, ")");
+  return {positions, limits};
+}
+
 Pieces::Pieces(const int32_t* offsets, int64_t segments) {
   constexpr int64_t kWork = 1024, kOverhead = 8;  // entries a group; what a piece costs beside its entries
   pieces.reserve(segments);

@@ -123,6 +123,11 @@ inline int64_t tile_pixels(int64_t channels) { return std::clamp<int64_t>(8192 /
 // offsets [num + 1]. Numbers below 0 come before offsets[0], those from num on after offsets[num], sorted alike.
 void sort_positions(const int32_t* numbers, int64_t count, int64_t num, int32_t* order, int32_t* offsets);
 
+// order [count] and offsets [num + 1] in int32, checked to be in bounds. what, of: for errors, "what must be
+// segments(of, num)".
+std::pair<at::Tensor, at::Tensor> checked_segments(
+    const char* what, const char* of, const at::Tensor& order, const at::Tensor& offsets, int64_t count, int64_t num);
+
 // Segments cut into pieces of a fixed size. Each piece is summed by itself into a row, the pieces of one segment are
 // added in order: the work is balanced when one segment owns most entries, sums of many terms lose fewer digits, and
 // the result does not depend on the number of threads.

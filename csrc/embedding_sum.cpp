@@ -4,7 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "cpu.h"
+#include "cpu_sums.h"
 
 namespace spade_fast::cpu {
 namespace {
@@ -28,37 +28,6 @@ inline int64_t row_numbers(
     if (edges && (code & 1)) numbers[count++] = t * steps.tap + (rows - 1) * steps.label;
   }
   return count;
-}
-
-// sum[i] = start[i] + Σ rows[numbers[r] * width + i] for `size` vectors of elements.
-template <int size, typename A, typename Number>
-inline __attribute__((always_inline)) void sum_block(
-    const A* rows, int64_t width, const Number* numbers, int64_t count, const A* start, A* sum) {
-  using V = Vector<A>;
-  V total[size];
-  for (int v = 0; v < size; ++v) total[v] = start ? reinterpret_cast<const V*>(start)[v] : V{};
-  for (int64_t r = 0; r < count; ++r) {
-    const V* row = reinterpret_cast<const V*>(rows + numbers[r] * width);
-    for (int v = 0; v < size; ++v) total[v] += row[v];
-  }
-  for (int v = 0; v < size; ++v) reinterpret_cast<V*>(sum)[v] = total[v];
-}
-
-// sum[i] = start[i] + Σ rows[numbers[r] * width + i]; start may be null.
-template <typename A, typename Number>
-SPADE_FAST_CLONES void sum_rows(
-    const A* rows, int64_t width, const Number* numbers, int64_t count, const A* start, A* sum) {
-  constexpr int64_t kVector = 64 / sizeof(A);
-  int64_t i = 0;
-  for (; i + 4 * kVector <= width; i += 4 * kVector)
-    sum_block<4>(rows + i, width, numbers, count, start ? start + i : nullptr, sum + i);
-  for (; i + kVector <= width; i += kVector)
-    sum_block<1>(rows + i, width, numbers, count, start ? start + i : nullptr, sum + i);
-  for (; i < width; ++i) {
-    A total = start ? start[i] : A(0);
-    for (int64_t r = 0; r < count; ++r) total += rows[numbers[r] * width + i];
-    sum[i] = total;
-  }
 }
 
 template <typename A>
@@ -95,7 +64,7 @@ void forward(const at::Tensor& table, const at::Tensor& bias, const int32_t* cod
     const auto numbers = buffer<int64_t>(2 * taps);
     for (int64_t q = first; q < last; ++q) {
       const int64_t used = row_numbers(codes + q * taps, taps, rows, steps, edges, numbers.get());
-      sum_rows(values, width, numbers.get(), used, start, out + q * width);
+      sum_rows(values, width, width, numbers.get(), used, start, out + q * width);
       if (relu) rectify(out + q * width, width);
     }
   });
@@ -144,22 +113,6 @@ void masked(const at::Tensor& dout, const at::Tensor& out, bool relu, A* gradien
   });
 }
 
-// sums [segments, width] of rows gradient[order[...]] of each segment.
-template <typename A>
-void sum_segments(const A* gradient, int64_t width, const int32_t* order, const int32_t* offsets, int64_t segments,
-                  A* sums) {
-  const Pieces pieces(offsets, segments);
-  const auto partial = buffer<A>(pieces.slots * width);
-  at::parallel_for(0, pieces.groups(), 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = pieces.group[first]; i < pieces.group[last]; ++i) {
-      const auto& piece = pieces.pieces[i];
-      A* sum = piece.slot < 0 ? sums + piece.segment * width : partial.get() + piece.slot * width;
-      sum_rows<A>(gradient, width, order + piece.begin, piece.end - piece.begin, nullptr, sum);
-    }
-  });
-  add_split(pieces, partial.get(), sums, width);
-}
-
 template <typename A>
 void backward(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& codes, int64_t rows, bool edges,
               bool relu, const at::Tensor& dtable, const at::Tensor& dbias) {
@@ -178,12 +131,12 @@ void backward(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& c
   }
   sort_positions(numbers.get(), count * columns, taps * rows, order.get(), offsets.get());
   for (int64_t i = 0; i < count * columns; ++i) order[i] /= static_cast<int32_t>(columns);
-  sum_segments(gradient.get(), width, order.get(), offsets.get(), taps * rows, dtable.data_ptr<A>());
+  sum_segments(gradient.get(), width, width, order.get(), Pieces(offsets.get(), taps * rows), dtable.data_ptr<A>());
   // The bias went into every sum.
   const auto all = buffer<int32_t>(count);
   for (int64_t q = 0; q < count; ++q) all[q] = static_cast<int32_t>(q);
   const int32_t limits[2] = {0, static_cast<int32_t>(count)};
-  sum_segments(gradient.get(), width, all.get(), limits, 1, dbias.data_ptr<A>());
+  sum_segments(gradient.get(), width, width, all.get(), Pieces(limits, 1), dbias.data_ptr<A>());
 }
 
 std::tuple<at::Tensor, at::Tensor> embedding_sum_backward(

@@ -14,6 +14,12 @@ TORCH_LIBRARY(spade_fast_native, m) {
   m.def(
       "embedding_sum_backward(Tensor dout, Tensor out, Tensor codes, int num_rows, bool edges, bool relu)"
       " -> (Tensor, Tensor)");
+  m.def(
+      "pattern_params(Tensor a, Tensor taps, Tensor w_gamma, Tensor b_gamma, Tensor w_beta, Tensor b_beta,"
+      " Tensor? tap_order=None, Tensor? tap_offsets=None) -> Tensor");
+  m.def(
+      "pattern_params_backward(Tensor dparams, Tensor a, Tensor taps, Tensor w_gamma, Tensor w_beta,"
+      " Tensor? tap_order=None, Tensor? tap_offsets=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("statistics(Tensor x, bool per_sample) -> (Tensor, Tensor)");
   m.def("modulation(" SPADE_FAST_MODULATION);
   m.def("modulation_backward(Tensor[] douts, " SPADE_FAST_MODULATION);

@@ -307,17 +307,8 @@ std::vector<at::Tensor> backward(
   at::Tensor positions_of, limits;
   TORCH_CHECK(positions < (int64_t{1} << 31), "modulation_backward: at most 2**31 - 1 outputs a channel by pattern");
   if (order && offsets) {
-    TORCH_CHECK(order->numel() == positions && offsets->numel() == patterns + 1,
-                "modulation_backward: order and offsets must be segments(ids, ", patterns, "), got ", order->sizes(),
-                " and ", offsets->sizes());
-    positions_of = order->to(at::kInt).contiguous();
-    limits = offsets->to(at::kInt).contiguous();
-    int32_t least, most;
-    range(positions_of.const_data_ptr<int32_t>(), positions, &least, &most);
-    const auto* limit = limits.const_data_ptr<int32_t>();
-    TORCH_CHECK_INDEX(least >= 0 && most < positions && limit[0] >= 0 && limit[patterns] <= positions &&
-                          std::is_sorted(limit, limit + patterns + 1),
-                      "modulation_backward: order and offsets are not segments(ids, ", patterns, ")");
+    std::tie(positions_of, limits) =
+        checked_segments("modulation_backward: order and offsets", "ids", *order, *offsets, positions, patterns);
   } else {
     positions_of = at::empty({positions}, ids->options().dtype(at::kInt));
     limits = at::empty({patterns + 1}, positions_of.options());

@@ -32,7 +32,7 @@ def threads():
 
 
 def every_result(layout, dtype):
-    """Every output of every op, on inputs large enough that three threads all get work."""
+    """Every output of every op without a GEMM, on inputs large enough that three threads all get work."""
     codes = maps.cells(3, 64, 96, 5).to(torch.int32)
     hidden, rows, counts = native.patterns(codes, 3)
     ids, taps, _ = native.patterns(hidden, 3)
@@ -167,6 +167,27 @@ def test_nothing_is_read_out_of_bounds(change, message):
     arguments.update(change)
     with pytest.raises((RuntimeError, IndexError), match=message):
         native.modulation_backward([random(1, 7, 4, 6)] * len(arguments["params"]), *arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(taps=torch.full((5, 9), 4, dtype=torch.int32)), "taps must be below 4, got 4"),
+        (dict(taps=torch.zeros(5, 9)), "taps must be int32, got Float"),
+        (dict(taps=torch.zeros(5, 8, dtype=torch.int32)), r"two weights \[C, Hd, k, k\], got \[4, 6\], \[5, 8\]"),
+        (dict(dparams=torch.zeros(5, 5)), r"dparams must have shape \[5, 6\], got \[5, 5\]"),
+        (dict(tap_order=torch.full((45,), 45, dtype=torch.int32)), r"tap_offsets are not segments\(taps, 36\)"),
+        (dict(tap_offsets=torch.full((37,), 46)), r"tap_offsets are not segments\(taps, 36\)"),
+        (dict(tap_offsets=torch.zeros(36)), r"must be segments\(taps, 36\), got \[45\] and \[36\]"),
+    ],
+)
+def test_no_parameters_are_read_out_of_bounds(change, message):
+    taps = torch.zeros(5, 9, dtype=torch.int32)
+    order, offsets = ops.tap_segments(taps, 4)
+    arguments = dict(dparams=random(5, 6), a=random(4, 6), taps=taps, w_gamma=random(3, 6, 3, 3))
+    arguments.update(dict(w_beta=random(3, 6, 3, 3), tap_order=order, tap_offsets=offsets), **change)
+    with pytest.raises((RuntimeError, IndexError), match=message):
+        native.pattern_params_backward(*arguments.values())
 
 
 def test_other_python_threads_run_meanwhile():

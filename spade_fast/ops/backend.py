@@ -28,16 +28,17 @@ _NATIVE_OPS = (
     "modulation",
     "modulation_backward",
 )
-OPS = (*_NATIVE_OPS, "pattern_params", "pattern_params_backward", "label_conv", "label_conv_backward")
+_CPP_OPS = (*_NATIVE_OPS, "pattern_params", "pattern_params_backward")
+OPS = (*_CPP_OPS, "label_conv", "label_conv_backward")
 # CPU: measured, benchmarks/results/ops_cpu.json. GPU: nothing is measured yet; Triton has every op.
-FASTEST: dict[str, dict[str, str]] = {"cpu": dict.fromkeys(_NATIVE_OPS, "cpp"), "cuda": {}}
+FASTEST: dict[str, dict[str, str]] = {"cpu": dict.fromkeys(_CPP_OPS, "cpp"), "cuda": {}}
 DEFAULT = {"cpu": "torch", "cuda": "triton"}
 _override: list[str] = []
 
 
 def has(name: str, op: str) -> bool:
     """Whether backend `name` has an implementation of its own for op."""
-    return op in _NATIVE_OPS if name in ("cpp", "cuda") else True
+    return op in {"cpp": _CPP_OPS, "cuda": _NATIVE_OPS}.get(name, OPS)
 
 
 def _import_kernels() -> object:
