@@ -181,15 +181,11 @@ class _SpectralConvolution(torch.autograd.Function):
     def backward(ctx, dy):
         weight, u, v, sigma, *kept = ctx.saved_tensors
         x = kept[0] if ctx.function is None else ctx.function(*kept)
-        stride, padding, dilation, groups = ctx.geometry
         if ctx.divide_output:
             divided, used = dy / sigma.to(dy.dtype), weight
         else:
             divided, used = dy, weight / sigma
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], False)
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            divided, x.to(dy.dtype), used.to(dy.dtype), None, stride, padding, dilation, False, [0, 0], groups, needs
-        )
+        dx, dw = _convolution_backward(divided, x.to(dy.dtype), used.to(dy.dtype), ctx.geometry, ctx.needs_input_grad)
         if dw is not None:
             channels_last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
             layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -198,10 +194,39 @@ class _SpectralConvolution(torch.autograd.Function):
                 # The same memory order; of a 1×1 kernel it allows several strides, and optimisers compare them.
                 dw = dw.as_strided(weight.shape, weight.stride())
             if not ctx.divide_output:
-                dw = dw / sigma
+                dw.div_(sigma)
             matrix, of = ((t.permute(0, 2, 3, 1) if channels_last else t).flatten(1) for t in (dw, weight))
             along = torch.dot(matrix.flatten(), of.flatten()) / sigma
             matrix.addr_(u * along, v, alpha=-1)
         dbias = dy.sum((0, 2, 3)).to(weight.dtype) if ctx.has_bias and ctx.needs_input_grad[2] else None
         dx = None if dx is None else dx.to(ctx.x_dtype)
         return (dx, dw, dbias, *(None for _ in ctx.needs_input_grad[3:]))
+
+
+def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, geometry: tuple, needs) -> tuple:
+    """(dx, dweight) of conv2d, each None if it is not needed."""
+    stride, padding, dilation, groups = geometry
+    # On a CPU, oneDNN brings a large dweight into channels-last order more slowly than it computes it.
+    as_product = (
+        needs[1]
+        and x.device.type == "cpu"
+        and weight.numel() >= 8 * x.numel()
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and (stride, dilation, groups) == ((1, 1), (1, 1), 1)
+    )
+    mask = (needs[0], needs[1] and not as_product, False)
+    dx = dw = None
+    if mask[0] or mask[1]:
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+    return dx, _weight_gradient(dy, x, weight, padding) if as_product else dw
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
+    """dweight of conv2d with stride 1 as one matrix product, in channels-last memory."""
+    out, inner, kh, kw = weight.shape
+    windows = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    windows = windows.unfold(1, kh, 1).unfold(2, kw, 1).permute(0, 1, 2, 4, 5, 3)  # [N, Ho, Wo, kh, kw, in]
+    product = dy.permute(0, 2, 3, 1).reshape(-1, out).t() @ windows.reshape(-1, kh * kw * inner)
+    return product.view(out, kh, kw, inner).permute(0, 3, 1, 2)
