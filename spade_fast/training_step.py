@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from spade_fast import losses, models
+from spade_fast.adam import Adam
 from spade_fast.config import ConfigError, TrainConfig
 from spade_fast.ema import EMA
 from spade_fast.label_map import LabelMap
 from spade_fast.profiling import span
 from spade_fast.ranks import Ranks, no_sync
 from spade_fast.spectral import hold_power_iteration
-
-FUSED_ADAM = ("cpu", "cuda")  # devices for which torch has Adam in one kernel
 
 
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -77,10 +76,10 @@ class TrainingStep:
         self.ema = EMA(self.generator, config.ema) if config.ema > 0 else None
         self.base_lrs = config.lrs()
         trained = [p for name, net in nets.items() if name != "discriminator" for p in net.parameters()]
-        options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "fused": self.device.type in FUSED_ADAM}
+        betas = (config.beta1, config.beta2)
         self.optimizers = {
-            "generator": torch.optim.Adam(trained, lr=self.base_lrs[0], **options),
-            "discriminator": torch.optim.Adam(self.discriminator.parameters(), lr=self.base_lrs[1], **options),
+            "generator": Adam(trained, self.base_lrs[0], betas),
+            "discriminator": Adam(self.discriminator.parameters(), self.base_lrs[1], betas),
         }
         scaled = self.amp == torch.float16
         self.scalers = {name: torch.amp.GradScaler(self.device.type, enabled=scaled) for name in self.optimizers}
@@ -241,16 +240,14 @@ class TrainingStep:
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
-            fused = optimizer.param_groups[0]["fused"]
             optimizer.load_state_dict(state["optimizers"][name])
-            optimizer.param_groups[0]["fused"] = fused  # of this device, not of the one that saved
         for name, scaler in self.scalers.items():
             if state.get("scalers", {}).get(name) and scaler.is_enabled():
                 scaler.load_state_dict(state["scalers"][name])
 
 
 def _with_strides_of(p: Tensor) -> Tensor:
-    """p's gradient with p's strides, which fused optimisers take for granted or insist on. Autograd sees to the memory
+    """p's gradient with p's strides, which the optimiser insists on. Autograd sees to the memory
     order, but of a 1×1 kernel that allows several strides."""
     if all(size == 1 or a == b for size, a, b in zip(p.shape, p.stride(), p.grad.stride(), strict=True)):
         return p.grad.as_strided(p.shape, p.stride())
