@@ -20,6 +20,12 @@ TORCH_LIBRARY(spade_fast_native, m) {
   m.def(
       "pattern_params_backward(Tensor dparams, Tensor a, Tensor taps, Tensor w_gamma, Tensor w_beta,"
       " Tensor? tap_order=None, Tensor? tap_offsets=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "label_conv(Tensor codes, Tensor table, Tensor? bias, bool edges, int kernel_size, int stride, int padding,"
+      " bool pooled=False) -> Tensor");
+  m.def(
+      "label_conv_backward(Tensor dout, Tensor codes, int num_rows, bool edges, int kernel_size, int stride,"
+      " int padding, bool pooled=False) -> (Tensor, Tensor)");
   m.def("statistics(Tensor x, bool per_sample) -> (Tensor, Tensor)");
   m.def("modulation(" SPADE_FAST_MODULATION);
   m.def("modulation_backward(Tensor[] douts, " SPADE_FAST_MODULATION);

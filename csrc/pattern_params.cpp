@@ -93,7 +93,7 @@ void forward(const at::Tensor& rows, const int32_t* taps, const at::Tensor& gamm
         int64_t used = 0;
         for (int64_t t = 0; t < s.taps; ++t)
           if (const int32_t q = taps[p * s.taps + t]; q >= 0) numbers[used++] = q * s.taps + t;
-        sum_rows(value, block, block, numbers.get(), used, start, out + p * s.channels);
+        sum_rows<false, A>(value, block, block, numbers.get(), nullptr, used, start, out + p * s.channels);
       }
     });
   }

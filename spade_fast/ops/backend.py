@@ -19,7 +19,7 @@ import torch
 from spade_fast import native
 
 NAMES = ("torch", "cpp", "triton", "cuda")
-_NATIVE_OPS = (
+_NATIVE_OPS = (  # of cpp and of cuda
     "patterns",
     "segments",
     "embedding_sum",
@@ -28,8 +28,14 @@ _NATIVE_OPS = (
     "modulation",
     "modulation_backward",
 )
-_CPP_OPS = (*_NATIVE_OPS, "pattern_params", "pattern_params_backward")
-OPS = (*_CPP_OPS, "label_conv", "label_conv_backward")
+_CPP_OPS = (
+    *_NATIVE_OPS,
+    "pattern_params",
+    "pattern_params_backward",
+    "label_conv",
+    "label_conv_backward",
+)
+OPS = (*_CPP_OPS, "normalisation_gradient")
 # CPU: measured, benchmarks/results/ops_cpu.json. GPU: nothing is measured yet; Triton has every op.
 FASTEST: dict[str, dict[str, str]] = {"cpu": dict.fromkeys(_CPP_OPS, "cpp"), "cuda": {}}
 DEFAULT = {"cpu": "torch", "cuda": "triton"}
