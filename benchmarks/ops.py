@@ -98,11 +98,30 @@ def cases(labels: LabelMap, channels: int, size: int, dtype: torch.dtype) -> dic
             lambda: call.modulation_backward([upstream], x, mean, rstd, [dense], *none, [0.2], 1, True),
             nbytes(x, x, upstream, upstream, x, dense, dense),
         ),
-        "label_conv": (
-            lambda: [call.label_conv(codes, torch.cat([table, table[:7]])[:, :, :64], None, labels.has_edges, 4, 2, 2)],
-            nbytes(codes, table) + n * 64 * (size // 2 + 1) ** 2 * 4,
-        ),
+        **label_conv_cases(codes, labels.label_nc, labels.has_edges),
     }
+
+
+def label_conv_cases(codes: Tensor, label_nc: int, edges: bool) -> dict[str, tuple[Callable, int]]:
+    """As the discriminator's first convolution on both of its scales, forward and backward."""
+    n, size = codes.shape[:2]
+    weight = torch.randn(64, label_nc, 4, 4, device=codes.device)
+    table = weight.permute(2, 3, 1, 0).reshape(16, label_nc, 64)
+    work: dict[str, tuple[Callable, int]] = {}
+    for pooled in (False, True):
+        options = (edges, 4, 2, 2, pooled)
+        out_size = (size // 2 if pooled else size) // 2 + 1
+        dout = torch.randn(n, 64, out_size, out_size, device=codes.device).contiguous(memory_format=torch.channels_last)
+        moved, name = nbytes(codes, table, dout), " pooled" if pooled else ""
+
+        def forward(options: tuple = options) -> list[Tensor]:
+            return [torch.ops.spade_fast.label_conv(codes, table, None, *options)]
+
+        def backward(dout: Tensor = dout, options: tuple = options) -> list[Tensor]:
+            return list(torch.ops.spade_fast.label_conv_backward(dout, codes, label_nc, *options))
+
+        work |= {f"label_conv{name}": (forward, moved), f"label_conv_backward{name}": (backward, moved)}
+    return work
 
 
 def all_patterns(labels: LabelMap) -> tuple[Callable, int]:

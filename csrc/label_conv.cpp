@@ -48,8 +48,9 @@ class Input {
         rows_(rows),
         options_(options),
         slots_((options.pooled ? kPool * kPool : 1) + (options.edges ? 1 : 0)) {
-    constexpr int64_t kTerms = 1 << 17;
-    at_once_ = std::clamp<int64_t>(kTerms / std::max<int64_t>(1, slots_ * height * width), 1, std::max<int64_t>(1, images_));
+    constexpr int64_t kTerms = 1 << 17;  // the second-level cache holds about as many
+    const int64_t fit = std::max<int64_t>(1, kTerms / std::max<int64_t>(1, slots_ * height * width));
+    at_once_ = std::min(fit, images_);
     const int64_t positions = at_once_ * height * width;
     terms_ = buffer<Term<A>>(positions * slots_);
     counts_ = buffer<uint8_t>(positions);

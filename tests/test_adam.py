@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_goes_on_where_torchs_own_stopped(layout, betas):
     other.step()
     params = [torch.nn.Parameter(LAYOUTS[layout](p.detach().clone())) for p in first]
     optimizer = Adam(params, 1.0, betas)
-    optimizer.load_state_dict(other.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
     assert optimizer.param_groups[0]["lr"] == 1e-2
     for group in (first, params):
         set_gradients(group, 1)

@@ -12,6 +12,7 @@ import torch
 
 from spade_fast import ops
 from spade_fast.ops import backend
+from spade_fast.ops.label_conv import label_conv_backward_torch, label_conv_torch
 from spade_fast.ops.modulation import modulation_backward_torch, modulation_torch
 from spade_fast.ops.patterns import patterns_torch, segments_torch
 
@@ -43,6 +44,11 @@ def every_result(layout, dtype):
     a = native.embedding_sum(table, bias, many, False, True)
     results = [hidden, rows, counts, ids, taps, order, offsets, *native.segments(large, 1000), a]
     results += native.embedding_sum_backward(random(*a.shape, seed=2, dtype=dtype), a, many, 5, False, True)
+    for options in ((4, 2, 2, False), (4, 2, 2, True)):
+        table = random(16, 5, 40, dtype=dtype)
+        out = native.label_conv(codes, table, bias, True, *options)
+        dout = random(*out.shape, seed=2, dtype=dtype, layout=layout)
+        results += [out, *native.label_conv_backward(dout, codes, 5, True, *options)]
     x = random(3, 24, 64, 96, seed=3, dtype=dtype, layout=layout)
     params = [random(taps.shape[0], 48, seed=4, dtype=dtype), random(taps.shape[0], 48, seed=5, dtype=dtype)]
     dense = [random(3, 48, 64, 96, seed=6, dtype=dtype, layout=layout)]
@@ -188,6 +194,78 @@ def test_no_parameters_are_read_out_of_bounds(change, message):
     arguments.update(dict(w_beta=random(3, 6, 3, 3), tap_order=order, tap_offsets=offsets), **change)
     with pytest.raises((RuntimeError, IndexError), match=message):
         native.pattern_params_backward(*arguments.values())
+
+
+def test_many_terms_of_one_label_stay_near_float64():
+    """A row of the table that most of several images add to; noise, so that no sequence of equal labels is long."""
+    codes = maps.noise(3, 300, 200, 2).to(torch.int32)
+    for pooled in (False, True):
+        options = (codes, 2, False, 3, 1, 1, pooled)
+        dout = random(3, 5, *((150, 100) if pooled else (300, 200))) + 1
+        dtable, dbias = native.label_conv_backward(dout, *options)
+        wide, wide_bias = label_conv_backward_torch(dout.double(), *options)
+        # fp32 holds sums of at most 256 terms of about 1: a step errs by at most half a unit of 256, at random. Their
+        # sum is float64, rounded once.
+        bound = 2**-24 * (wide.abs().max() + 256 * dout[:, 0].numel() ** 0.5)
+        assert float((dtable.double() - wide).abs().max()) < bound
+        assert float((dbias.double() - wide_bias).abs().max()) < bound
+
+
+@pytest.mark.parametrize("shape", [(40, 20, 30), (3, 400, 300)])
+def test_label_conv_goes_through_images_a_few_at_a_time(shape):
+    codes = maps.cells(*shape, 4).to(torch.int32)
+    table, bias = random(9, 4, 18, dtype=torch.float64), random(18, dtype=torch.float64)
+    for pooled in (False, True):
+        options = (False, 3, 2, 1, pooled)
+        expected = label_conv_torch(codes, table, bias, *options)
+        assert torch.allclose(native.label_conv(codes, table, bias, *options), expected, rtol=0, atol=1e-13)
+        dout = random(*expected.shape, seed=1, dtype=torch.float64, layout=torch.contiguous_format)
+        for actual, wanted in zip(
+            native.label_conv_backward(dout, codes, 4, *options),
+            label_conv_backward_torch(dout, codes, 4, *options),
+            strict=True,
+        ):
+            assert torch.allclose(actual, wanted, rtol=0, atol=1e-11)
+
+
+CODES = torch.zeros(1, 5, 6, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(codes=CODES.long()), r"codes must be int32 \[N, H, W\], got Long \[1, 5, 6\]"),
+        (dict(codes=CODES[0]), r"codes must be int32 \[N, H, W\], got Int \[5, 6\]"),
+        (dict(table=torch.zeros(16, 4, 3)), r"table must be floating point \[9, L, O\], got Float \[16, 4, 3\]"),
+        (dict(table=torch.zeros(9, 4, 3).int()), r"table must be floating point \[9, L, O\], got Int \[9, 4, 3\]"),
+        (dict(table=torch.zeros(9, 0, 3)), r"expected 1 to 2\*\*31 - 1 table rows, got 0"),
+        (dict(bias=torch.zeros(4)), r"bias must have shape \[3\], got \[4\]"),
+        (dict(stride=0), "kernel_size and stride must be at least 1, padding at least 0, got 3, 0 and 1"),
+        (dict(padding=-1), "padding at least 0, got 3, 1 and -1"),
+        (dict(codes=CODES[:, :1, :3], padding=0), r"a 3x3 kernel does not fit codes \[1, 1, 3\]"),
+    ],
+)
+def test_label_conv_names_what_is_wrong(change, message):
+    given = dict(codes=CODES, table=torch.zeros(9, 4, 3), bias=None, edges=True, kernel_size=3, stride=1, padding=1)
+    with pytest.raises(RuntimeError, match=message):
+        native.label_conv(*(given | change).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(dout=torch.zeros(1, 3, 5, 5)), r"dout must be floating point \[1, O, 5, 6\], got Float \[1, 3, 5, 5\]"),
+        (dict(dout=torch.zeros(2, 3, 5, 6)), r"dout must be floating point \[1, O, 5, 6\], got Float \[2, 3, 5, 6\]"),
+        (dict(dout=torch.zeros(1, 3, 5, 6).int()), r"dout must be floating point \[1, O, 5, 6\], got Int"),
+        (dict(num_rows=0), r"expected 1 to 2\*\*31 - 1 table rows, got 0"),
+        (dict(num_rows=2**31), r"expected 1 to 2\*\*31 - 1 table rows, got 2147483648"),
+        (dict(kernel_size=0), "kernel_size and stride must be at least 1"),
+    ],
+)
+def test_label_conv_backward_names_what_is_wrong(change, message):
+    given = dict(dout=torch.zeros(1, 3, 5, 6), codes=CODES, num_rows=4, edges=True, kernel_size=3, stride=1, padding=1)
+    with pytest.raises(RuntimeError, match=message):
+        native.label_conv_backward(*(given | change).values())
 
 
 def test_other_python_threads_run_meanwhile():

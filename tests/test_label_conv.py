@@ -77,6 +77,109 @@ def test_real_map_as_the_discriminator_sees_it(backend):
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("edges", [False, True])
+@pytest.mark.parametrize(("k", "stride", "padding"), [(1, 1, 0), (1, 2, 1), (3, 1, 1), (3, 2, 4), (4, 1, 2), (4, 3, 3)])
+def test_every_small_map(backend, k, stride, padding, edges, pooled):
+    """Sizes 1 to 5 in both directions; steps and margins larger than the kernel too."""
+    if backend == "triton":
+        pytest.skip("slow in the interpreter; test_output_and_gradients covers it")
+    for h in range(1, 6):
+        for w in range(1, 6):
+            sizes = [((s - 1) // 2 + 1 if pooled else s) + 2 * padding for s in (h, w)]
+            if min(sizes) < k:
+                continue
+            ids = maps.noise(2, h, w, 3, seed=h * 6 + w)
+            labels = LabelMap(ids, 3, maps.noise(2, h, w, 2) if edges else None, ignore_index=1)
+            weight, bias = make(1, 1, 1, 3, edges, 3, k)[1:]
+            weight.requires_grad_(), bias.requires_grad_()
+            expected = written_out(labels, weight, bias, stride, padding, pooled)
+            actual = ops.label_conv(labels.codes, table_of(weight), bias, edges, k, stride, padding, pooled)
+            upstream = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            grads = [torch.autograd.grad((out * upstream).sum(), (weight, bias)) for out in (actual, expected)]
+            for a, e in zip((actual, *grads[0]), (expected, *grads[1]), strict=True):
+                torch.testing.assert_close(a, e, rtol=0, atol=1e-13)  # float64, tens of terms of about 1
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_nothing_but_ignored_pixels(backend, pooled):
+    """The bias is all there is, and no label gets a gradient; an ignored pixel's edge still counts."""
+    for edges in (None, torch.ones(1, 5, 4, dtype=torch.bool)):
+        labels = LabelMap(torch.full((1, 5, 4), 255), 3, edges, ignore_index=255)
+        weight = torch.randn(6, labels.label_nc, 3, 3, generator=torch.Generator().manual_seed(0))
+        weight.requires_grad_()
+        bias = torch.randn(6, generator=torch.Generator().manual_seed(1))
+        actual = ops.label_conv(labels.codes, table_of(weight), bias, labels.has_edges, 3, 1, 1, pooled)
+        expected = written_out(labels, weight, bias, 1, 1, pooled)
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
+        (grad,) = torch.autograd.grad(actual.sum(), weight)
+        assert torch.equal(grad[:, :3], torch.zeros_like(grad[:, :3]))
+        if edges is None:
+            assert torch.equal(actual, bias.view(1, 6, 1, 1).expand_as(actual))
+        else:
+            assert bool((grad[:, 3] > 0).all())
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_layouts_do_not_matter(backend, dtype, pooled):
+    """Gradients, codes and tables of any strides, against contiguous ones."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("torch runs it")
+    labels, weight, bias = make(2, 9, 6, 4, True, 5, 3, dtype)
+    options = (True, 3, 2, 1, pooled)
+    eps, eps_of_sums = torch.finfo(dtype).eps, min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    table = table_of(weight)
+    codes = labels.codes.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = ops.label_conv(labels.codes, table.contiguous(), bias, *options)
+    wide = torch.cat([weight, weight], 1)[:, : weight.shape[1]]  # part of a larger weight
+    for other in (table, table_of(wide), table.repeat_interleave(2, 2)[:, :, ::2]):
+        actual = ops.label_conv(codes, other, bias, *options)
+        torch.testing.assert_close(actual, expected, rtol=eps, atol=50 * eps_of_sums)
+    dout = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    backward = torch.ops.spade_fast.label_conv_backward
+    wanted = backward(dout, labels.codes, labels.label_nc, *options)
+    layouts = (
+        dout.contiguous(memory_format=torch.channels_last),
+        dout.transpose(2, 3).contiguous().transpose(2, 3),
+        torch.cat([dout, dout], 1).contiguous(memory_format=torch.channels_last)[:, :5],
+        dout.repeat_interleave(2, 3)[..., ::2],
+    )
+    for other in layouts:
+        for a, e in zip(backward(other, codes, labels.label_nc, *options), wanted, strict=True):
+            assert a.dtype == dtype
+            torch.testing.assert_close(a, e, rtol=eps, atol=20 * eps_of_sums * dout[:, 0].numel() ** 0.5)
+    ones = torch.ones((), dtype=dtype).expand(expected.shape)  # as sum() gives it: strides of zero
+    for a, e in zip(
+        backward(ones, codes, labels.label_nc, *options),
+        backward(ones.contiguous(), labels.codes, labels.label_nc, *options),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, rtol=eps, atol=50 * eps_of_sums)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_codes_outside_the_image(backend, pooled):
+    """A negative code adds nothing and, unlike an ignored pixel, does not count in the mean of a pool."""
+    if backend == "triton":
+        pytest.skip("takes the pool's size from its position: a LabelMap has no negative code")
+    codes = torch.tensor([[[0, -1, 2], [-1, -1, 1], [5, 3, -1]]], dtype=torch.int32)  # 3 rows: 3 and 5 are ignored
+    table = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    known = (codes >= 0).double()
+    dense = torch.stack([(codes == c).double() for c in range(3)], 1)
+    if pooled:
+        sums = F.avg_pool2d(dense, 3, stride=2, padding=1, divisor_override=1)
+        counts = F.avg_pool2d(known[:, None], 3, stride=2, padding=1, divisor_override=1)
+        dense = sums / counts.clamp(min=1)
+    expected = F.conv2d(dense, table[0].T[:, :, None, None])
+    actual = ops.label_conv(codes, table, None, False, 1, 1, 0, pooled)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-14)
+    dout = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dtable, dbias = torch.ops.spade_fast.label_conv_backward(dout, codes, 3, False, 1, 1, 0, pooled)
+    torch.testing.assert_close(dtable[0], torch.einsum("nohw,nlhw->lo", dout, dense), rtol=0, atol=1e-14)
+    torch.testing.assert_close(dbias, dout.sum((0, 2, 3)), rtol=0, atol=1e-14)
+
+
 def test_empty_batch(backend):
     weight = torch.randn(6, 4, 3, 3, requires_grad=True)
     out = ops.label_conv(torch.empty(0, 5, 5, dtype=torch.int32), table_of(weight), None, False, 3, 1, 1)

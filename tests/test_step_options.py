@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the training step which must not change what is computed, or only in a way that is told."""
 
-import copy
-
 import processes
 import pytest
 import torch
