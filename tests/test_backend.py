@@ -18,14 +18,14 @@ def test_default_is_the_fastest_that_is_available(monkeypatch):
         monkeypatch.setattr(backend, "_chosen", {})
         monkeypatch.setattr(backend, "why_not", lambda name, device, m=missing: "missing" if name in m else None)
         assert backend.choose("statistics", cpu) == chosen
-        assert backend.choose("label_conv", cpu) == "torch"  # cpp does not have it
+        assert backend.choose("normalisation_gradient", cpu) == "torch"  # cpp does not have it
 
 
 def test_an_op_that_the_chosen_backend_lacks_runs_on_torch(monkeypatch):
     monkeypatch.setattr(backend, "why_not", lambda name, device="cpu": None)
     with backend.use("cpp"):
         assert backend.choose("statistics", torch.device("cpu")) == "cpp"
-        assert backend.choose("label_conv", torch.device("cpu")) == "torch"
+        assert backend.choose("normalisation_gradient", torch.device("cpu")) == "torch"
 
 
 def test_the_table_of_the_fastest_is_what_was_measured():
