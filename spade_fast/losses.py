@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 VGG_LAYER_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
 GAN_MODES = ("hinge", "lsgan", "original")
@@ -49,13 +50,42 @@ class GANLoss:
         return torch.stack(losses).mean()
 
 
+class _L1Loss(torch.autograd.Function):
+    """Keeps x, which the network that made it keeps anyway, instead of the difference."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(x, target)
+        return _difference(x, target).abs_().mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        x, target = ctx.saved_tensors
+        signs = _difference(x, target).sign_()
+        return signs.mul_(grad / max(signs.numel(), 1)).to(x.dtype), None
+
+
+def _difference(x: Tensor, target: Tensor) -> Tensor:
+    """x - target, of half precision in float32."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() - target if half else x - target
+
+
+def l1_loss(x: Tensor, target: Tensor) -> Tensor:
+    """Mean of |x - target|; target is a constant. Differentiable once."""
+    if x.shape != target.shape:
+        raise ValueError(f"l1_loss: expected a target of shape {list(x.shape)}, got {list(target.shape)}")
+    return _L1Loss.apply(x, target.detach())
+
+
 def feature_matching_loss(fake: list[list[Tensor]], real: list[list[Tensor]]) -> Tensor:
     """L1 between discriminator features of fake and real images, summed over layers (not the prediction), averaged
     over scales; real features are constants."""
     total = fake[0][0].new_zeros(())
     for fake_scale, real_scale in zip(fake, real, strict=True):
         for f, r in zip(fake_scale[:-1], real_scale[:-1], strict=True):
-            total = total + F.l1_loss(f, r.detach())
+            total = total + l1_loss(f, r)
     return total / len(fake)
 
 
@@ -72,7 +102,7 @@ class VGGLoss(nn.Module):
             real_features = self.vgg(real)
         fake_features = self.vgg(fake)
         losses = zip(VGG_LAYER_WEIGHTS, fake_features, real_features, strict=True)
-        return sum((weight * F.l1_loss(f, r) for weight, f, r in losses), start=fake.new_zeros(()))
+        return sum((weight * l1_loss(f, r) for weight, f, r in losses), start=fake.new_zeros(()))
 
 
 def kl_loss(mu: Tensor, logvar: Tensor) -> Tensor:

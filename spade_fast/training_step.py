@@ -156,11 +156,15 @@ class TrainingStep:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
-    def _backward(self, name: str, terms: dict[str, Tensor]) -> None:
-        """Adds the gradient of the terms' sum. DistributedDataParallel averages, and the terms are shares: × world."""
+    def _backward(self, name: str, terms: list[Tensor], *gradients: tuple[Tensor, Tensor]) -> None:
+        """Adds the gradient of the terms' sum, and of given (tensor, its gradient), which is scaled already.
+
+        DistributedDataParallel averages over processes, and the terms are shares: × world.
+        """
         with span("backward"):
-            loss = torch.stack(list(terms.values())).sum()
-            self.scalers[name].scale(loss * self.ranks.world if self.ranks.world > 1 else loss).backward()
+            scaled = [self.scalers[name].scale(t * self.ranks.world if self.ranks.world > 1 else t) for t in terms]
+            roots = [(t, None) for t in scaled] + list(gradients)
+            torch.autograd.backward([t for t, _ in roots], [g for _, g in roots])
 
     def _update(self, name: str) -> None:
         with span("optimiser"):
@@ -171,6 +175,27 @@ class TrainingStep:
             self.scalers[name].step(self.optimizers[name])
             self.scalers[name].update()
 
+    def _perceptual_loss(self, fake: Tensor, part: Part) -> dict[str, Tensor]:
+        if self.vgg_loss is None:
+            return {}
+        with span("VGG"):
+            return {"vgg": part.share * self.config.lambda_vgg * self.vgg_loss(fake, part.image)}
+
+    def _adversarial_losses(self, fake: Tensor, part: Part) -> dict[str, Tensor]:
+        fake_features, real_features = self._discriminate(self.discriminator, part, fake)
+        with span("losses"):
+            terms = {"gan": part.share * self.gan_loss.generator(_in_float32(fake_features))}
+            if self.config.lambda_feat > 0:
+                matching = losses.feature_matching_loss(fake_features, real_features)
+                terms["feat"] = part.share * self.config.lambda_feat * matching
+        return terms
+
+    def _pixel_loss(self, fake: Tensor, part: Part) -> dict[str, Tensor]:
+        if not self.config.lambda_l1 > 0:
+            return {}
+        with span("losses"):
+            return {"l1": part.share * self.config.lambda_l1 * losses.l1_loss(fake, part.image)}
+
     def generator_step(self, labels: LabelMap, image: Tensor) -> dict[str, Tensor]:
         """One update of generator and encoder. Returns the weighted losses, detached."""
         c = self.config
@@ -180,24 +205,20 @@ class TrainingStep:
         total: dict[str, Tensor] = {}
         for part in self._parts(labels, image):
             with self._micro_batch(part, "generator", "encoder"):
-                with self.autocast():
-                    with span("generator"):
-                        fake, kl = self.generate(part.labels, part.image, self._noise_of(0, part))
-                    fake_features, real_features = self._discriminate(self.discriminator, part, fake)
-                    terms = {}
-                    if self.vgg_loss is not None:
-                        with span("VGG"):
-                            terms["vgg"] = part.share * c.lambda_vgg * self.vgg_loss(fake, part.image)
-                    with span("losses"):
-                        terms["gan"] = part.share * self.gan_loss.generator(_in_float32(fake_features))
-                        if c.lambda_feat > 0:
-                            matching = losses.feature_matching_loss(fake_features, real_features)
-                            terms["feat"] = part.share * c.lambda_feat * matching
-                        if kl is not None:
-                            terms["kl"] = c.lambda_kl * kl  # a sum over samples, not a mean
-                        if c.lambda_l1 > 0:
-                            terms["l1"] = part.share * c.lambda_l1 * (fake.to(image.dtype) - part.image).abs().mean()
-                self._backward("generator", terms)
+                with self.autocast(), span("generator"):
+                    fake, kl = self.generate(part.labels, part.image, self._noise_of(0, part))
+                # Each loss goes back to the image at once: only one network's activations live beside the generator's.
+                leaf = fake.detach().requires_grad_()
+                terms: dict[str, Tensor] = {}
+                for loss in (self._perceptual_loss, self._adversarial_losses, self._pixel_loss):
+                    with self.autocast():
+                        some = loss(leaf, part)
+                    if some:
+                        self._backward("generator", [sum(some.values())])
+                        terms.update(some)
+                if kl is not None:
+                    terms["kl"] = c.lambda_kl * kl  # a sum over samples, not a mean
+                self._backward("generator", [terms["kl"]] if kl is not None else [], (fake, leaf.grad))
             if c.share_fake:
                 self._fakes.append(fake.detach())
             _add(total, terms)
@@ -226,7 +247,7 @@ class TrainingStep:
                             "d_fake": part.share * self.gan_loss.discriminator(fakes, False),
                             "d_real": part.share * self.gan_loss.discriminator(reals, True),
                         }
-                self._backward("discriminator", terms)
+                self._backward("discriminator", list(terms.values()))
             _add(total, terms)
         self._update("discriminator")
         return total

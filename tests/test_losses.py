@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from spade_fast.losses import GANLoss, VGGLoss, feature_matching_loss, kl_loss
+from spade_fast.losses import GANLoss, VGGLoss, feature_matching_loss, kl_loss, l1_loss
 
 # two scales; the prediction is the last feature
 PREDICTIONS = [[torch.zeros(1), torch.tensor([[2.0, -0.5]])], [torch.zeros(1), torch.tensor([[0.5, -3.0]])]]
@@ -43,6 +43,30 @@ def test_gan_losses(mode, real, fake, generator):
 def test_unknown_gan_mode():
     with pytest.raises(ValueError, match="gan mode must be one of hinge, lsgan, original, got 'wgan'"):
         GANLoss("wgan")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_l1(dtype):
+    x = torch.tensor([[1.0, 2.0, -3.0], [0.5, 0.0, 8.0]], dtype=dtype, requires_grad=True)
+    target = torch.tensor([[0.0, 4.0, -3.0], [0.25, 0.0, -8.0]], dtype=dtype, requires_grad=True)
+    loss = l1_loss(x, target)
+    assert loss.item() == pytest.approx((1 + 2 + 0 + 0.25 + 0 + 16) / 6, rel=1e-6)  # half precision in float32
+    (12.0 * loss).backward()
+    assert torch.equal(x.grad, 2.0 * torch.tensor([[1.0, -1.0, 0.0], [1.0, 0.0, 1.0]], dtype=dtype))
+    assert target.grad is None
+
+
+def test_l1_keeps_nothing_of_its_own():
+    kept = []
+    x, target = torch.randn(3, 4, requires_grad=True).exp(), torch.randn(3, 4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        l1_loss(x, target)
+    assert set(kept) == {x.data_ptr(), target.data_ptr()}
+
+
+def test_l1_of_other_shapes():
+    with pytest.raises(ValueError, match=r"l1_loss: expected a target of shape \[2, 3\], got \[3\]"):
+        l1_loss(torch.zeros(2, 3), torch.zeros(3))
 
 
 def test_feature_matching():

@@ -48,7 +48,7 @@ class VGG19Features(nn.Module):
             if g:
                 x = F.max_pool2d(x, 2)
             for i, (index, _) in enumerate(group):
-                x = F.relu(self.features[str(index)](x))
+                x = F.relu(self.features[str(index)](x), inplace=True)
                 if i == 0:
                     outputs.append(x)
         return outputs
