@@ -3,10 +3,10 @@
 
 Generator step (hinge, feature matching, VGG features with random weights), discriminator step on a new fake, both Adam
 updates, by `spade_fast.training_step` as training itself runs it; COCO-Stuff labels, random images. Baselines: the
-plain system as the authors run it (NCHW, eager, float32), and with everything torch offers: channels-last memory, AMP,
-torch.compile. The fused system gets labels whose patterns a data-loading process has found; on a GPU its step is first
-run with every host synchronisation made an error. On a CPU, memory is the resident set of a process that runs one
-system alone, over that of the same process before it built it.
+plain system as the authors run it (`benchmarks.plain`: NCHW, eager, float32), and with everything torch offers:
+channels-last memory, AMP, torch.compile. The fused system gets labels whose patterns a data-loading process has found;
+on a GPU its step is first run with every host synchronisation made an error. On a CPU, memory is the resident set of a
+process that runs one system alone, over that of the same process before it built it, libraries loaded.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import ROOT, interleave, label_maps, stamp, with_torch_spectral_norm, write_json
+from benchmarks.plain import PlainTrainingStep
 from spade_fast import LabelMap
 from spade_fast import config as cfg
 from spade_fast.batches import pattern_sizes
@@ -69,36 +70,34 @@ class System:
                 },
             )
         )
-        ranks = Ranks(options.device)
         torch.manual_seed(0)
-        nets = build_networks(config, LABEL_NC)
+        nets, self.vgg = build_networks(config, LABEL_NC), VGG19Features().to(options.device)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         for net in nets.values():
             init_weights(net)
-            if not fused:
-                with_torch_spectral_norm(net)
-            net.to(ranks.device).train()
-        self.step = TrainingStep(nets, config, VGG19Features().to(ranks.device), ranks)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        if not channels_last:
-            for net in (*nets.values(), self.step.vgg_loss):
-                net.to(memory_format=layout)
-        if compiled and not fused:
-            for net in nets.values():
-                net.compile()
+            net.to(options.device).train()
         self.labels, image = inputs(batch, options, pattern_sizes(nets["generator"]))
         self.image = image.contiguous(memory_format=layout)
-        if not fused:
+        if fused:
+            self.step = TrainingStep(nets, config, self.vgg, Ranks(options.device))
+        else:
+            for net in (*map(with_torch_spectral_norm, nets.values()), self.vgg):
+                net.to(memory_format=layout)
+            self.step = PlainTrainingStep(nets, config, self.vgg, options.device, torch.bfloat16 if amp else None)
             self.labels = self.labels.one_hot().contiguous(memory_format=layout)
+            if compiled:
+                self.step.compile()
         self.done = 0
 
     def __call__(self) -> Tensor:
         self.done += 1
-        return torch.stack(list(self.step(self.labels, self.image, self.done).values()))
+        terms = self.step(self.labels, self.image, self.done)
+        return torch.stack([terms[name] for name in ("vgg", "gan", "feat", "d_fake", "d_real")])
 
     def load(self, other: System) -> None:
         for name, net in self.step.nets.items():
             net.load_state_dict(other.step.nets[name].state_dict())
-        self.step.vgg_loss.load_state_dict(other.step.vgg_loss.state_dict())
+        self.vgg.load_state_dict(other.vgg.state_dict())
 
 
 def inputs(batch: int, options: argparse.Namespace, sizes: list[tuple[int, int]]) -> tuple[LabelMap, Tensor]:
@@ -161,6 +160,7 @@ def memory_alone(name: str, options: argparse.Namespace) -> int:
 def print_memory(options: argparse.Namespace) -> None:
     LabelMap(torch.zeros(1, 8, 8, dtype=torch.int64), 2).build([(8, 8)], backward=True)  # what is loaded on first use
     torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
+    torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
     idle = resident()
     system = System(options.memory_of, options, options.batch)
     system(), system()

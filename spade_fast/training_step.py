@@ -166,6 +166,11 @@ class TrainingStep:
             roots = [(t, None) for t in scaled] + list(gradients)
             torch.autograd.backward([t for t, _ in roots], [g for _, g in roots])
 
+    def _free_gradients(self) -> None:
+        """Of both networks: those of the other one's update are used up."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
     def _update(self, name: str) -> None:
         with span("optimiser"):
             for group in self.optimizers[name].param_groups:
@@ -200,7 +205,7 @@ class TrainingStep:
         """One update of generator and encoder. Returns the weighted losses, detached."""
         c = self.config
         self.discriminator.requires_grad_(False)
-        self.optimizers["generator"].zero_grad()
+        self._free_gradients()
         self._fakes = []
         total: dict[str, Tensor] = {}
         for part in self._parts(labels, image):
@@ -229,7 +234,7 @@ class TrainingStep:
     def discriminator_step(self, labels: LabelMap, image: Tensor) -> dict[str, Tensor]:
         """One update of the discriminator, on images the updated generator makes anew (with share_fake: on those of
         the generator's step). Returns the losses, detached."""
-        self.optimizers["discriminator"].zero_grad()
+        self._free_gradients()
         net = self._parallel.get("discriminator", self.discriminator)
         total: dict[str, Tensor] = {}
         for i, part in enumerate(self._parts(labels, image)):

@@ -102,10 +102,11 @@ def test_gradients_have_the_strides_of_their_weights(amp, kernel_size):
     step = TrainingStep(nets, config, None, Ranks("cpu"))
     dataset = make_dataset("synthetic", "train", crop_size=32, size=2)
     batch = default_collate([{k: v for k, v in dataset[i].items() if k != "path"} for i in range(2)])
-    step(label_map(batch, dataset.num_classes, torch.device("cpu")), batch["image"], 0)
-    for net in nets.values():
-        for name, p in net.named_parameters():
+    for net in ("generator", "discriminator"):
+        getattr(step, f"{net}_step")(label_map(batch, dataset.num_classes, torch.device("cpu")), batch["image"])
+        for name, p in nets[net].named_parameters():
             assert p.grad.stride() == p.stride(), name
+    assert all(p.grad is None for p in nets["generator"].parameters())  # used up
 
 
 def test_every_sample_of_an_epoch_is_seen_once():

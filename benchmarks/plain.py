@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step of a plain SPADE system, to measure against: the reference layers, labels as one-hot maps through
+every convolution, both losses in one graph, torch's Adam; the paper's computation, nothing shared and nothing saved."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spade_fast import losses
+from spade_fast.config import TrainConfig
+from spade_fast.profiling import span
+
+
+def discriminate(net: nn.Module, segmap: Tensor, image: Tensor) -> list[list[Tensor]]:
+    """`MultiscaleDiscriminator` on (labels ⊕ image), joined before the first convolution and at every scale."""
+    x, features = torch.cat([segmap, image], dim=1), []
+    for scale in range(net.options["num_d"]):
+        discriminator, found = getattr(net, f"discriminator_{scale}"), []
+        out = x
+        for i in range(discriminator.n_layers + 1):
+            out = getattr(discriminator, f"model{i}")(out)
+            found.append(out)
+        features.append(found)
+        x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
+    return features
+
+
+def vgg_loss(vgg: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
+    with torch.no_grad():
+        real_features = vgg(real)
+    pairs = zip(losses.VGG_LAYER_WEIGHTS, vgg(fake), real_features, strict=True)
+    return sum(weight * F.l1_loss(f, r) for weight, f, r in pairs)
+
+
+def feature_matching_loss(fake: list[list[Tensor]], real: list[list[Tensor]]) -> Tensor:
+    scales = zip(fake, real, strict=True)
+    return sum(F.l1_loss(f, r.detach()) for a, b in scales for f, r in zip(a[:-1], b[:-1], strict=True)) / len(fake)
+
+
+class PlainTrainingStep:
+    """Both updates of an iteration; called as `spade_fast.training_step.TrainingStep` is, with one-hot labels.
+
+    amp: what autocast computes in, or None.
+    """
+
+    def __init__(
+        self, nets: dict[str, nn.Module], config: TrainConfig, vgg: nn.Module, device: str, amp: torch.dtype | None
+    ) -> None:
+        self.nets, self.config, self.vgg, self.amp, self.device = nets, config, vgg, amp, torch.device(device)
+        self.generator, self.discriminator = nets["generator"], nets["discriminator"]
+        self.gan_loss = losses.GANLoss(config.gan_mode)
+        self.discriminate = discriminate
+        self.optimizers = [
+            torch.optim.Adam(net.parameters(), lr, (config.beta1, config.beta2))
+            for net, lr in zip((self.generator, self.discriminator), config.lrs(), strict=True)
+        ]
+
+    def compile(self) -> None:
+        self.generator.compile()
+        self.vgg.compile()
+        self.discriminate = torch.compile(discriminate)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+    def _discriminate(self, segmap: Tensor, fake: Tensor, image: Tensor) -> tuple[list, list]:
+        with span("discriminator"):
+            both = torch.cat([fake, image.to(fake.dtype)])
+            features = self.discriminate(self.discriminator, torch.cat([segmap, segmap]).to(fake.dtype), both)
+        halves = [[f.float().chunk(2) for f in scale] for scale in features]
+        return [[f for f, _ in scale] for scale in halves], [[r for _, r in scale] for scale in halves]
+
+    def _update(self, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor]) -> None:
+        with span("backward"):
+            sum(terms.values()).backward()
+        with span("optimiser"):
+            optimizer.step()
+
+    def __call__(self, segmap: Tensor, image: Tensor, step: int) -> dict[str, Tensor]:
+        """segmap: one-hot [N, label_nc, H, W]. Returns the weighted losses, detached."""
+        c = self.config
+        self.discriminator.requires_grad_(False)
+        self.optimizers[0].zero_grad()
+        with self.autocast():
+            with span("generator"):
+                fake = self.generator(segmap)
+            fake_features, real_features = self._discriminate(segmap, fake, image)
+            with span("VGG"):
+                total = {"vgg": c.lambda_vgg * vgg_loss(self.vgg, fake, image)}
+            with span("losses"):
+                total["gan"] = self.gan_loss.generator(fake_features)
+                total["feat"] = c.lambda_feat * feature_matching_loss(fake_features, real_features)
+        self._update(self.optimizers[0], total)
+        self.discriminator.requires_grad_(True)
+        self.optimizers[1].zero_grad()
+        with self.autocast():
+            with torch.no_grad(), span("generator"):
+                fake = self.generator(segmap)
+            fake_features, real_features = self._discriminate(segmap, fake, image)
+            with span("losses"):
+                terms = {
+                    "d_fake": self.gan_loss.discriminator(fake_features, False),
+                    "d_real": self.gan_loss.discriminator(real_features, True),
+                }
+        self._update(self.optimizers[1], terms)
+        return {name: term.detach() for name, term in (total | terms).items()}
