@@ -13,7 +13,7 @@ namespace {
 
 // params[p] = bias + Σ over taps t of values[taps[p, t], t], values = rows · weights, block of channels after block: one
 // GEMM gives the values of every tap, the sum then reads them from cache.
-constexpr int64_t kBlock = int64_t{1} << 20;  // elements of values
+constexpr int64_t kBlock = int64_t{1} << 19;  // elements of values
 
 struct Sizes {
   int64_t hidden, width, patterns, taps, channels;  // Q, Hd, P, T, 2C
