@@ -93,8 +93,8 @@ def train_step() -> list[str]:
     return [
         *rows,
         "",
-        "Both networks' updates with hinge, feature-matching and VGG losses. Weights, gradients, Adam's moments and "
-        "VGG are part of the memory, alike in all.",
+        "Both networks' updates with hinge, feature-matching and VGG losses. Peak memory is that of a process over the "
+        "same process idle: weights, gradients, Adam's state and VGG are part of it.",
         source("train_step_cpu.json", result, "benchmarks.train_step --crop 128 --ngf 32 --batch 2"),
     ]
 

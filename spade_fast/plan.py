@@ -67,9 +67,10 @@ def _learning_rates(config: TrainConfig, epochs: int) -> list[str]:
 
 
 def _memory(config: TrainConfig, nets: dict[str, nn.Module], vgg: nn.Module | None, label_nc: int) -> list[str]:
-    """Weights with gradients and Adam's two moments (16 bytes a parameter), the generator's moving average, and what
-    autograd keeps for backward of one micro-batch on one process, in float32."""
-    fixed = 16 * sum(models.count_parameters(net) for net in nets.values())
+    """Weights with gradients and Adam's moments (one when beta1 is 0), the generator's moving average,
+    and what autograd keeps for backward of one micro-batch on one process, in float32."""
+    each = 4 * (4 if config.beta1 else 3)
+    fixed = each * sum(models.count_parameters(net) for net in nets.values())
     if config.ema > 0:
         fixed += 4 * models.count_parameters(nets["generator"])
     if vgg is not None:
@@ -82,26 +83,33 @@ def _memory(config: TrainConfig, nets: dict[str, nn.Module], vgg: nn.Module | No
 
 
 def saved_bytes(config: TrainConfig, nets: dict[str, nn.Module], vgg: nn.Module | None, label_nc: int) -> int:
-    """Bytes that autograd keeps for the generator step of one image, counted on meta tensors (nothing is computed)."""
+    """Bytes that autograd keeps at most for the generator step of one image: those of the generator and, at a time, of
+    one network that judges its image. Counted on meta tensors (nothing is computed)."""
     height, width = nets["generator"].output_size
     every = [net for net in (*nets.values(), vgg) if net is not None]
-    weights = {p.untyped_storage()._cdata for net in every for p in net.parameters()}
-    kept: dict[int, Tensor] = {}  # by storage: what several operations keep is there once
+    known = {p.untyped_storage()._cdata for net in every for p in net.parameters()}
+    kept: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in weights:
-            kept[storage] = tensor
+        if tensor.untyped_storage()._cdata not in known:  # what several operations keep is there once
+            known.add(tensor.untyped_storage()._cdata)
+            kept.append(tensor)
         return tensor
+
+    def count() -> int:
+        return sum(t.untyped_storage().nbytes() for t in kept)
 
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         # two images: batch norm refuses a single value a channel
         segmap, image = torch.zeros(2, label_nc, height, width), torch.zeros(2, 3, height, width)
         z = nets["encoder"](image)[0] if "encoder" in nets else None
         fake = nets["generator"](segmap, z)
+        generator = count()
         features = nets["discriminator"](segmap, torch.cat([fake, image]))
         total = losses.GANLoss(config.gan_mode).generator(features)
+        discriminator = count() - generator
         if vgg is not None:
             total = total + losses.VGGLoss(vgg)(fake, image)
+        perceptual = count() - generator - discriminator
     del total
-    return sum(t.untyped_storage().nbytes() for t in kept.values()) // 2
+    return (generator + max(discriminator, perceptual)) // 2
