@@ -66,9 +66,9 @@ def test_generator_terms_are_the_losses_times_their_weights(tmp_path, monkeypatc
     labels, _ = batch_of(t)
     fake = torch.full((2, 3, 32, 32), 0.25, requires_grad=True)
     real = torch.full((2, 3, 32, 32), -0.5)
-    monkeypatch.setattr(t.training, "generate", lambda labels, image, noise: (fake, torch.tensor(6.0)))
+    monkeypatch.setattr(t.training, "generate", lambda labels, image, noise: (fake, torch.tensor(6.0, requires_grad=True)))
     # one scale, one feature and the prediction: feature 1.5 apart, prediction for the fake 0.75
-    features = [[torch.tensor([[2.0], [2.0], [0.5], [0.5]]) + 0 * fake.sum(), torch.tensor([0.5, 1.0, 9.0, 9.0])]]
+    features = [[torch.tensor([[2.0], [2.0], [0.5], [0.5]]), torch.tensor([0.5, 1.0, 9.0, 9.0])]]
     monkeypatch.setattr(t.training, "discriminator", Stub(features))
     terms = {name: value.item() for name, value in t.training.generator_step(labels, real).items()}
     assert terms == {"gan": -0.75, "feat": 3 * 1.5, "kl": 0.5 * 6, "l1": 7 * 0.75}
@@ -89,7 +89,7 @@ class Stub(torch.nn.Module):
     def forward(self, segmap, image):
         assert image[:2].eq(0.25).all()
         assert image[2:].eq(-0.5).all()
-        return self.features
+        return [[f + 0 * image.sum() for f in scale] for scale in self.features]
 
 
 def test_the_discriminator_sees_images_of_the_updated_generator(tmp_path):
