@@ -44,49 +44,41 @@ at::Tensor matrix(const at::Tensor& weight, at::ScalarType type) {
 // Channels of a block: the temporary [Q, T, block] is small, a GEMM of T * block columns large enough.
 int64_t block_channels(const Sizes& s) {
   const int64_t most = kBlock / std::max<int64_t>(1, s.hidden * s.taps);
-  return std::min(s.channels, std::clamp<int64_t>(most / 16 * 16, 16, 256));
+  return std::min(s.channels / 2, std::clamp<int64_t>(most / 16 * 16, 16, 256));
 }
 
-// Rows [gamma | beta] of weights [C, T, Hd] for channels first..last-1 of 2C, as [T, last - first, Hd].
+// Calls block(half, c, count) for channels c..c + count - 1 of gamma (half 0), then of beta (half 1).
+template <typename F>
+void for_blocks(const Sizes& s, F block) {
+  const int64_t half = s.channels / 2, step = block_channels(s);
+  for (int i = 0; i < 2; ++i)
+    for (int64_t c = 0; c < half; c += step) block(i, c, std::min(step, half - c));
+}
+
+// Weights [block, T, Hd] as [T, block, Hd]; and back.
 template <typename A>
-void pack(const A* gamma, const A* beta, const Sizes& s, int64_t first, int64_t last, A* packed) {
-  const int64_t half = s.channels / 2, block = last - first;
-  at::parallel_for(0, block, 8, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t c = first + i;
-      const A* weight = (c < half ? gamma + c * s.taps * s.width : beta + (c - half) * s.taps * s.width);
-      for (int64_t t = 0; t < s.taps; ++t)
-        std::copy_n(weight + t * s.width, s.width, packed + (t * block + i) * s.width);
-    }
+void swap_taps(const A* from, int64_t rows, int64_t columns, int64_t width, A* to) {
+  at::parallel_for(0, rows, 8, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t j = 0; j < columns; ++j)
+        std::copy_n(from + (i * columns + j) * width, width, to + (j * rows + i) * width);
   });
 }
 
 template <typename A>
-void unpack(const A* packed, const Sizes& s, int64_t first, int64_t last, A* gamma, A* beta) {
-  const int64_t half = s.channels / 2, block = last - first;
-  at::parallel_for(0, block, 8, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t c = first + i;
-      A* weight = (c < half ? gamma + c * s.taps * s.width : beta + (c - half) * s.taps * s.width);
-      for (int64_t t = 0; t < s.taps; ++t)
-        std::copy_n(packed + (t * block + i) * s.width, s.width, weight + t * s.width);
-    }
-  });
-}
-
-template <typename A>
-void forward(const at::Tensor& rows, const int32_t* taps, const at::Tensor& gamma, const at::Tensor& beta,
-             const at::Tensor& bias, const Sizes& s, const at::Tensor& params) {
+void forward(const at::Tensor& rows, const int32_t* taps, const at::Tensor (&weights)[2], const at::Tensor& bias,
+             const Sizes& s, const at::Tensor& params) {
   const int64_t step = block_channels(s);
   const at::Tensor packed = at::empty({s.taps * step * s.width}, rows.options());
   const at::Tensor storage = at::empty({s.hidden * s.taps * step}, rows.options());
-  for (int64_t c = 0; c < s.channels; c += step) {
-    const int64_t block = std::min(step, s.channels - c), columns = s.taps * block;
-    pack(gamma.const_data_ptr<A>(), beta.const_data_ptr<A>(), s, c, c + block, packed.data_ptr<A>());
+  for_blocks(s, [&](int half, int64_t c, int64_t block) {
+    const int64_t columns = s.taps * block, channel = half * (s.channels / 2) + c;
+    const at::Tensor weight = weights[half].narrow(0, c, block);
     at::Tensor values = storage.narrow(0, 0, s.hidden * columns).view({s.hidden, columns});
+    swap_taps(weight.const_data_ptr<A>(), block, s.taps, s.width, packed.data_ptr<A>());
     at::mm_out(values, rows, packed.narrow(0, 0, columns * s.width).view({columns, s.width}).t());
-    const A *value = values.const_data_ptr<A>(), *start = bias.const_data_ptr<A>() + c;
-    A* out = params.data_ptr<A>() + c;
+    const A *value = values.const_data_ptr<A>(), *start = bias.const_data_ptr<A>() + channel;
+    A* out = params.data_ptr<A>() + channel;
     at::parallel_for(0, s.patterns, std::max<int64_t>(1, 32768 / columns), [&](int64_t first, int64_t last) {
       const auto numbers = buffer<int64_t>(s.taps);
       for (int64_t p = first; p < last; ++p) {
@@ -96,7 +88,7 @@ void forward(const at::Tensor& rows, const int32_t* taps, const at::Tensor& gamm
         sum_rows<false, A>(value, block, block, numbers.get(), nullptr, used, start, out + p * s.channels);
       }
     });
-  }
+  });
 }
 
 at::Tensor pattern_params(const at::Tensor& a, const at::Tensor& taps, const at::Tensor& w_gamma,
@@ -109,14 +101,14 @@ at::Tensor pattern_params(const at::Tensor& a, const at::Tensor& taps, const at:
               b_beta.sizes());
   const auto type = accumulation_type(a.scalar_type());
   const at::Tensor rows = a.to(type).contiguous(), bias = at::cat({b_gamma.to(type), b_beta.to(type)});
-  const at::Tensor gamma = matrix(w_gamma, type), beta = matrix(w_beta, type);
+  const at::Tensor weights[2] = {matrix(w_gamma, type), matrix(w_beta, type)};
   const at::Tensor params = at::empty({s.patterns, s.channels}, rows.options());
   const auto* code = codes.const_data_ptr<int32_t>();
   if (params.numel() > 0) {
     if (type == at::kDouble)
-      forward<double>(rows, code, gamma, beta, bias, s, params);
+      forward<double>(rows, code, weights, bias, s, params);
     else
-      forward<float>(rows, code, gamma, beta, bias, s, params);
+      forward<float>(rows, code, weights, bias, s, params);
   }
   return params.to(a.scalar_type());
 }
@@ -143,8 +135,8 @@ struct Uses {
 };
 
 template <typename A>
-void backward(const at::Tensor& gradient, const at::Tensor& rows, const at::Tensor& gamma, const at::Tensor& beta,
-              const Uses& uses, const Sizes& s, const at::Tensor& da, const at::Tensor (&dweights)[2]) {
+void backward(const at::Tensor& gradient, const at::Tensor& rows, const at::Tensor (&weights)[2], const Uses& uses,
+              const Sizes& s, at::Tensor da, const at::Tensor (&dweights)[2]) {
   const int64_t step = block_channels(s);
   const at::Tensor packed = at::empty({s.taps * step * s.width}, rows.options());
   const at::Tensor storage = at::empty({s.hidden * s.taps * step}, rows.options());
@@ -152,17 +144,18 @@ void backward(const at::Tensor& gradient, const at::Tensor& rows, const at::Tens
   const auto* order = uses.order.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < uses.order.numel(); ++i) source[i] = order[i] / static_cast<int32_t>(s.taps);
   const Pieces pieces(uses.offsets.const_data_ptr<int32_t>(), s.hidden * s.taps);
-  for (int64_t c = 0; c < s.channels; c += step) {
-    const int64_t block = std::min(step, s.channels - c), columns = s.taps * block;
+  for_blocks(s, [&](int half, int64_t c, int64_t block) {
+    const int64_t columns = s.taps * block, channel = half * (s.channels / 2) + c;
+    const at::Tensor weight = weights[half].narrow(0, c, block), dweight = dweights[half].narrow(0, c, block);
     const at::Tensor dvalues = storage.narrow(0, 0, s.hidden * columns).view({s.hidden, columns});
-    sum_segments(gradient.const_data_ptr<A>() + c, s.channels, block, source.get(), pieces, dvalues.data_ptr<A>());
-    at::Tensor weight = packed.narrow(0, 0, columns * s.width).view({columns, s.width});
-    pack(gamma.const_data_ptr<A>(), beta.const_data_ptr<A>(), s, c, c + block, weight.data_ptr<A>());
-    at::Tensor total = da;
-    c == 0 ? at::mm_out(total, dvalues, weight) : at::addmm_out(total, total, dvalues, weight);
-    at::mm_out(weight, dvalues.t(), rows);
-    unpack(weight.const_data_ptr<A>(), s, c, c + block, dweights[0].data_ptr<A>(), dweights[1].data_ptr<A>());
-  }
+    sum_segments(gradient.const_data_ptr<A>() + channel, s.channels, block, source.get(), pieces,
+                 dvalues.data_ptr<A>());
+    at::Tensor whole = packed.narrow(0, 0, columns * s.width).view({columns, s.width});
+    swap_taps(weight.const_data_ptr<A>(), block, s.taps, s.width, whole.data_ptr<A>());
+    c + half == 0 ? at::mm_out(da, dvalues, whole) : at::addmm_out(da, da, dvalues, whole);
+    at::mm_out(whole, dvalues.t(), rows);
+    swap_taps(whole.const_data_ptr<A>(), s.taps, block, s.width, dweight.data_ptr<A>());
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pattern_params_backward(
@@ -175,7 +168,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pattern_p
               dparams.sizes());
   const auto type = accumulation_type(a.scalar_type());
   const at::Tensor rows = a.to(type).contiguous(), gradient = dparams.to(type).contiguous();
-  const at::Tensor gamma = matrix(w_gamma, type), beta = matrix(w_beta, type);
+  const at::Tensor weights[2] = {matrix(w_gamma, type), matrix(w_beta, type)};
   const int64_t half = s.channels / 2;
   const at::Tensor da = at::empty({s.hidden, s.width}, rows.options());
   const at::Tensor dweights[2] = {at::empty({half, s.taps, s.width}, rows.options()),
@@ -185,9 +178,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pattern_p
   } else {
     const Uses uses(codes, tap_order, tap_offsets, s);
     if (type == at::kDouble)
-      backward<double>(gradient, rows, gamma, beta, uses, s, da, dweights);
+      backward<double>(gradient, rows, weights, uses, s, da, dweights);
     else
-      backward<float>(gradient, rows, gamma, beta, uses, s, da, dweights);
+      backward<float>(gradient, rows, weights, uses, s, da, dweights);
   }
   const at::Tensor dbias = gradient.sum(0).to(w_gamma.scalar_type());
   const int64_t k = w_gamma.size(2);

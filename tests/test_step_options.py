@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the training step which must not change what is computed, or only in a way that is told."""
 
+from collections import Counter
+from weakref import WeakSet
+
 import processes
 import pytest
 import torch
@@ -11,7 +14,8 @@ from spade_fast import LabelMap, batches
 from spade_fast import config as cfg
 from spade_fast.building import build_networks, label_map
 from spade_fast.data import make_dataset
-from spade_fast.models import init_weights
+from spade_fast.losses import VGGLoss
+from spade_fast.models import VGG19Features, init_weights
 from spade_fast.ranks import Ranks
 from spade_fast.trainer import NON_FINITE_LIMIT, NonFiniteError, Trainer
 from spade_fast.training_step import TrainingStep
@@ -245,3 +249,37 @@ def test_loading_processes_find_the_patterns_of_every_resolution():
     known = {key: p.ids.data_ptr() for key, p in labels._patterns.items()}
     generator(labels).sum().backward()
     assert known == {key: p.ids.data_ptr() for key, p in labels._patterns.items()}  # none was found by the step
+
+
+# Memory
+
+
+def test_one_judge_at_a_time():
+    """Before the next network judges the image, what the last one kept for backward is gone."""
+    step, labels, image = system()
+    vgg = VGG19Features().double()
+    step.vgg_loss = VGGLoss(vgg)
+    phase, live, made, seen = "generator", WeakSet(), Counter(), {}
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor, self.phase = tensor, phase
+            live.add(self)
+            made[phase] += 1
+
+    def enter(name):
+        def hook(*_):
+            nonlocal phase
+            phase, seen[name] = name, Counter(kept.phase for kept in live)
+
+        return hook
+
+    vgg.register_forward_pre_hook(enter("VGG"))
+    step.discriminator.register_forward_pre_hook(enter("discriminator"))
+    step.generator.conv_img.weight.register_hook(enter("backward"))
+    step.draw_noise(0)
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        step.generator_step(labels, image)
+    assert all(made[name] > 10 for name in ("generator", "VGG", "discriminator"))
+    assert set(seen["VGG"]) == set(seen["discriminator"]) == {"generator"}
+    assert set(seen["backward"]) <= {"generator"}

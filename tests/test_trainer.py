@@ -66,7 +66,9 @@ def test_generator_terms_are_the_losses_times_their_weights(tmp_path, monkeypatc
     labels, _ = batch_of(t)
     fake = torch.full((2, 3, 32, 32), 0.25, requires_grad=True)
     real = torch.full((2, 3, 32, 32), -0.5)
-    monkeypatch.setattr(t.training, "generate", lambda labels, image, noise: (fake, torch.tensor(6.0, requires_grad=True)))
+    monkeypatch.setattr(
+        t.training, "generate", lambda labels, image, noise: (fake, torch.tensor(6.0, requires_grad=True))
+    )
     # one scale, one feature and the prediction: feature 1.5 apart, prediction for the fake 0.75
     features = [[torch.tensor([[2.0], [2.0], [0.5], [0.5]]), torch.tensor([0.5, 1.0, 9.0, 9.0])]]
     monkeypatch.setattr(t.training, "discriminator", Stub(features))
