@@ -2,7 +2,8 @@
 """Everything that a GPU can show, in one command: ``python -m benchmarks.gpu --out DIR`` (or ``make gpu``).
 
 Environment and ceilings, the tests on the GPU, compute-sanitizer, each op against its floor; layer, generator and
-training step against their baselines. One JSON, rewritten after every part: an interruption loses nothing measured.
+training step against their baselines, and the goals they are held to. One JSON, rewritten after every part: an
+interruption loses nothing measured.
 Without a GPU the parts that need one are skipped, by name and with the reason, and the rest runs small.
 """
 
@@ -15,12 +16,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.common import ROOT, stamp, write_json
+from benchmarks.train_step import COMPILED, PLAIN
 
 TOTAL_SECONDS = 520  # of the nine minutes
 
@@ -53,6 +56,42 @@ PARTS = (
     Part("generator", (*PYTHON, "benchmarks.generator", "--device", "{device}", "--quick", "--json", "{json}"), 120),
     Part("train_step", (*PYTHON, "benchmarks.train_step", "--device", "{device}", "--quick", "--json", "{json}"), 120),
 )
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What an H200 is expected to reach: value(result of the part) at least, or at most."""
+
+    name: str
+    part: str
+    value: Callable[[dict], float]
+    bound: float
+    at_most: bool = False
+
+
+def _memory(result: dict) -> float:
+    return result["peak_memory_bytes"][result["fastest"]] / result["peak_memory_bytes"][COMPILED]
+
+
+GOALS = (
+    Goal("training step, times the compiled plain one", "train_step", lambda r: r["ratios"][COMPILED], 2.5),
+    Goal("training step, times the plain eager one", "train_step", lambda r: r["ratios"][PLAIN], 5.0),
+    Goal("training step, memory against the compiled plain one", "train_step", _memory, 0.4, at_most=True),
+    Goal("training, images a second", "train_step", lambda r: r["images_per_second"][r["fastest"]], 200.0),
+    Goal("training step, host waits", "train_step", lambda r: r["host_synchronisations"], 0, at_most=True),
+)
+
+
+def judge(parts: dict[str, dict]) -> list[dict]:
+    """Each goal with what was measured, or with None where its part gave no result."""
+    rows = []
+    for goal in GOALS:
+        result = parts.get(goal.part, {}).get("result")
+        value = None if result is None else round(goal.value(result), 3)
+        met = None if value is None else (value <= goal.bound if goal.at_most else value >= goal.bound)
+        limit = f"at {'most' if goal.at_most else 'least'} {goal.bound:g}"
+        rows.append({"goal": goal.name, "limit": limit, "measured": value, "met": met})
+    return rows
 
 
 def run(part: Part, device: str, out: Path, seconds: float) -> dict:
@@ -107,6 +146,11 @@ def main(arguments: list[str] | None = None) -> int:
         report["parts"][part.name] = result = run(part, options.device, options.out, end - time.perf_counter())
         print(f"{part.name}: {result['status']} {result.get('reason', '')}{result.get('seconds', '')}", flush=True)
         (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    if options.device == "cuda":
+        report["goals"] = judge(report["parts"])
+        for row in report["goals"]:
+            verdict = {None: "not measured", True: "met", False: "missed"}[row["met"]]
+            print(f"goal: {row['goal']}: {row['measured']} ({row['limit']}): {verdict}")
     write_json(options.out / "gpu.json", report)
     return int(any(r["status"] == "failed" for r in report["parts"].values()))
 

@@ -52,10 +52,10 @@ class PlainTrainingStep:
         self.generator, self.discriminator = nets["generator"], nets["discriminator"]
         self.gan_loss = losses.GANLoss(config.gan_mode)
         self.discriminate = discriminate
-        self.optimizers = [
-            torch.optim.Adam(net.parameters(), lr, (config.beta1, config.beta2))
-            for net, lr in zip((self.generator, self.discriminator), config.lrs(), strict=True)
-        ]
+        self.optimizers = {
+            name: torch.optim.Adam(nets[name].parameters(), lr, (config.beta1, config.beta2))
+            for name, lr in zip(("generator", "discriminator"), config.lrs(), strict=True)
+        }
 
     def compile(self) -> None:
         self.generator.compile()
@@ -72,17 +72,17 @@ class PlainTrainingStep:
         halves = [[f.float().chunk(2) for f in scale] for scale in features]
         return [[f for f, _ in scale] for scale in halves], [[r for _, r in scale] for scale in halves]
 
-    def _update(self, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor]) -> None:
+    def _update(self, name: str, terms: dict[str, Tensor]) -> None:
         with span("backward"):
             sum(terms.values()).backward()
         with span("optimiser"):
-            optimizer.step()
+            self.optimizers[name].step()
 
     def __call__(self, segmap: Tensor, image: Tensor, step: int) -> dict[str, Tensor]:
         """segmap: one-hot [N, label_nc, H, W]. Returns the weighted losses, detached."""
         c = self.config
         self.discriminator.requires_grad_(False)
-        self.optimizers[0].zero_grad()
+        self.optimizers["generator"].zero_grad()
         with self.autocast():
             with span("generator"):
                 fake = self.generator(segmap)
@@ -92,9 +92,9 @@ class PlainTrainingStep:
             with span("losses"):
                 total["gan"] = self.gan_loss.generator(fake_features)
                 total["feat"] = c.lambda_feat * feature_matching_loss(fake_features, real_features)
-        self._update(self.optimizers[0], total)
+        self._update("generator", total)
         self.discriminator.requires_grad_(True)
-        self.optimizers[1].zero_grad()
+        self.optimizers["discriminator"].zero_grad()
         with self.autocast():
             with torch.no_grad(), span("generator"):
                 fake = self.generator(segmap)
@@ -104,5 +104,5 @@ class PlainTrainingStep:
                     "d_fake": self.gan_loss.discriminator(fake_features, False),
                     "d_real": self.gan_loss.discriminator(real_features, True),
                 }
-        self._update(self.optimizers[1], terms)
+        self._update("discriminator", terms)
         return {name: term.detach() for name, term in (total | terms).items()}

@@ -34,11 +34,12 @@ from spade_fast.training_step import TrainingStep
 
 LABEL_NC = 184
 PLAIN = "plain eager"
+COMPILED = "plain AMP channels-last compiled"
 # name -> (fused, mixed precision, channels-last, compiled)
 SYSTEMS = {
     PLAIN: (False, False, False, False),
     "plain channels-last": (False, False, True, False),
-    "plain AMP channels-last compiled": (False, True, True, True),
+    COMPILED: (False, True, True, True),
     "fused": (True, False, True, False),
     "fused AMP": (True, True, True, False),
     "fused AMP compiled": (True, True, True, True),
@@ -95,6 +96,9 @@ class System:
         return torch.stack([terms[name] for name in ("vgg", "gan", "feat", "d_fake", "d_real")])
 
     def load(self, other: System) -> None:
+        """The weights of another system, and optimisers that have done no step."""
+        for optimizer in self.step.optimizers.values():
+            optimizer.state.clear()
         for name, net in self.step.nets.items():
             net.load_state_dict(other.step.nets[name].state_dict())
         self.vgg.load_state_dict(other.vgg.state_dict())
@@ -148,6 +152,16 @@ def resident(peak: bool = False) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def memory_on_gpu(system: System, before: int) -> int:
+    """Bytes at the peak of a system's step over those before it was built; others that are there do not change."""
+    system(), system()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    system()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def memory_alone(name: str, options: argparse.Namespace) -> int:
     """Bytes over the idle process of a system that runs alone in a process of its own, on the CPU."""
     arguments = ["--memory-of", name, "--ngf", options.ngf, "--crop", options.crop, "--batch", options.batch]
@@ -169,15 +183,21 @@ def print_memory(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> dict:
     cuda = torch.device(options.device).type == "cuda"
-    systems = {name: System(name, options, options.batch) for name in names(options)}
+    systems, memory = {}, {}
+    for name in names(options):
+        before = torch.cuda.memory_allocated() if cuda else 0
+        systems[name] = System(name, options, options.batch)
+        if cuda:
+            memory[name] = memory_on_gpu(systems[name], before)
+        elif options.memory:
+            memory[name] = memory_alone(name, options)
     source = label_maps(options.crop, 1)[1]
     config = {name: getattr(options, name) for name in ("ngf", "crop", "batch", "amp", "compile", "checkpoint_blocks")}
-    result: dict = {"stamp": stamp(options.device), "config": config | {"labels": source}}
+    result: dict = {"stamp": stamp(options.device), "config": config | {"labels": source}, "peak_memory_bytes": memory}
     # Correctness first: the same weights give the same losses (the discriminator's after an update of the generator).
     result["loss_error"] = {}
-    for name, system in systems.items():
-        if name != PLAIN:
-            system.load(systems[PLAIN])
+    for system in systems.values():
+        system.load(systems[PLAIN])
     expected = systems[PLAIN]()
     for name, system in systems.items():
         if name == PLAIN:
@@ -193,16 +213,6 @@ def measure(options: argparse.Namespace) -> dict:
         systems["fused"]()
         torch.cuda.set_sync_debug_mode("default")
         result["host_synchronisations"] = 0
-    result["peak_memory_bytes"] = {}
-    for name, system in systems.items():
-        if cuda:
-            system()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            system()
-            result["peak_memory_bytes"][name] = torch.cuda.max_memory_allocated() - before
-        elif options.memory:
-            result["peak_memory_bytes"][name] = memory_alone(name, options)
     times = interleave(dict(systems), options.device, options.seconds, rounds=(3, 50))
     result["times"] = times
     result["images_per_second"] = {name: options.batch / t["median_ms"] * 1e3 for name, t in times.items()}

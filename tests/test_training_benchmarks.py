@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from benchmarks import scaling, train_step
+from benchmarks import gpu, scaling, train_step
 from spade_fast.building import build_networks
 from spade_fast.config import merge, resolve
 from spade_fast.models import count_parameters
@@ -26,6 +26,22 @@ def test_largest_batch_is_found_to_an_eighth(limit, start):
     assert found <= limit
     assert limit < 1.125 * (found + 1) or found == 1024
     assert max(tried) <= 1024
+
+
+def test_goals_of_a_gpu():
+    """Measured by the fastest fused system; what was not measured is neither met nor missed."""
+    plain, compiled, fused = train_step.PLAIN, train_step.COMPILED, "fused AMP"
+    result = {
+        "fastest": fused,
+        "ratios": {plain: 5.0, compiled: 2.4, "fused": 1.5},
+        "peak_memory_bytes": {plain: 900, compiled: 500, fused: 200},
+        "images_per_second": {plain: 41.0, compiled: 85.0, fused: 205.0},
+        "host_synchronisations": 0,
+    }
+    rows = gpu.judge({"train_step": {"result": result}})
+    assert [row["measured"] for row in rows] == [2.4, 5.0, 0.4, 205.0, 0]
+    assert [row["met"] for row in rows] == [False, True, True, True, True]
+    assert {row["met"] for row in gpu.judge({"train_step": {"status": "failed"}})} == {None}
 
 
 def test_model_by_hand():
