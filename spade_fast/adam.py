@@ -21,7 +21,7 @@ class Adam(torch.optim.Adam):
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self) -> None:
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by a GradScaler
         for group in self.param_groups:
             beta1, beta2 = group["betas"]

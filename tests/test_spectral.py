@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from spade_fast.spectral import SpectralConv2d
+from spade_fast.spectral import SpectralConv2d, _weight_gradient
 
 
 def pair(channels_last: bool) -> tuple[SpectralConv2d, nn.Module]:
@@ -18,7 +18,7 @@ def pair(channels_last: bool) -> tuple[SpectralConv2d, nn.Module]:
     return ours.to(memory_format=torch.channels_last) if channels_last else ours, theirs
 
 
-@pytest.mark.parametrize("size", [2, 6])  # an output smaller, and larger, than the weight
+@pytest.mark.parametrize("size", [1, 2, 6])  # an output far smaller, smaller, and larger than the weight
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_training_and_evaluation_equal_torch(channels_last, size):
     ours, theirs = pair(channels_last)
@@ -42,6 +42,22 @@ def test_training_and_evaluation_equal_torch(channels_last, size):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding"), [((1, 1), (0, 0)), ((3, 3), (1, 1)), ((4, 2), (2, 0)), ((2, 3), (0, 3))]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weight_gradient_as_one_product(kernel, padding, layout):
+    """Whatever the kernel and the memory order of x and dy, in channels-last memory."""
+    x, weight = torch.randn(3, 5, 4, 7, dtype=torch.float64), torch.randn(6, 5, *kernel, dtype=torch.float64)
+    weight = weight.contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = torch.nn.functional.conv2d(x, weight, None, 1, padding)
+    dy = torch.randn_like(out).contiguous(memory_format=layout)
+    (expected,) = torch.autograd.grad(out, weight, dy)
+    actual = _weight_gradient(dy, x.contiguous(memory_format=layout), weight, padding)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_folded_weight_follows_every_change():

@@ -222,8 +222,9 @@ def pattern_params(
 
     gamma[p] = b_gamma + sum over t of w_gamma[:, :, t] @ a[taps[p, t]], beta alike; a tap of -1 is a row of zeros, the
     centre tap is never -1. Weights [C, Hd, k, k], fastest when stored channels-last. Computed as one GEMM over gathered
-    rows, or factored (GEMM over the Q rows, then a gather-sum), whichever the sizes make cheaper: equal in exact
-    arithmetic. tap_order, tap_offsets: `tap_segments(taps, Q)`, used by backward (found there if None). Deterministic.
+    rows, or factored (GEMM over the Q rows, then a gather-sum), whichever the sizes make cheaper (in C++ always the
+    latter): equal in exact arithmetic. tap_order, tap_offsets: `tap_segments(taps, Q)`, used by backward (found there
+    if None). Deterministic.
     """
     if a.dim() != 2 or taps.dim() != 2 or w_gamma.dim() != 4 or w_gamma.shape != w_beta.shape:
         raise ValueError(
