@@ -3,8 +3,8 @@
 
 Environment and ceilings, the tests on the GPU, compute-sanitizer, each op against its floor; layer, generator and
 training step against their baselines, and the goals they are held to. One JSON, rewritten after every part: an
-interruption loses nothing measured.
-Without a GPU the parts that need one are skipped, by name and with the reason, and the rest runs small.
+interruption loses nothing measured. Without a GPU the parts that need one are skipped, by name and with the reason, and
+the rest runs small.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spade_fast import losses
 from spade_fast.config import TrainConfig
 from spade_fast.profiling import span
+from spade_fast.training_step import _in_float32
 
 
 def discriminate(net: nn.Module, segmap: Tensor, image: Tensor) -> list[list[Tensor]]:
@@ -69,7 +70,7 @@ class PlainTrainingStep:
         with span("discriminator"):
             both = torch.cat([fake, image.to(fake.dtype)])
             features = self.discriminate(self.discriminator, torch.cat([segmap, segmap]).to(fake.dtype), both)
-        halves = [[f.float().chunk(2) for f in scale] for scale in features]
+        halves = [[f.chunk(2) for f in scale] for scale in features]
         return [[f for f, _ in scale] for scale in halves], [[r for _, r in scale] for scale in halves]
 
     def _update(self, name: str, terms: dict[str, Tensor]) -> None:
@@ -90,7 +91,7 @@ class PlainTrainingStep:
             with span("VGG"):
                 total = {"vgg": c.lambda_vgg * vgg_loss(self.vgg, fake, image)}
             with span("losses"):
-                total["gan"] = self.gan_loss.generator(fake_features)
+                total["gan"] = self.gan_loss.generator(_in_float32(fake_features))
                 total["feat"] = c.lambda_feat * feature_matching_loss(fake_features, real_features)
         self._update("generator", total)
         self.discriminator.requires_grad_(True)
@@ -101,8 +102,8 @@ class PlainTrainingStep:
             fake_features, real_features = self._discriminate(segmap, fake, image)
             with span("losses"):
                 terms = {
-                    "d_fake": self.gan_loss.discriminator(fake_features, False),
-                    "d_real": self.gan_loss.discriminator(real_features, True),
+                    "d_fake": self.gan_loss.discriminator(_in_float32(fake_features), False),
+                    "d_real": self.gan_loss.discriminator(_in_float32(real_features), True),
                 }
         self._update("discriminator", terms)
         return {name: term.detach() for name, term in (total | terms).items()}

@@ -14,7 +14,7 @@ class Adam(torch.optim.Adam):
     With beta1 = 0, as TTUR has it (paper, section 4), the first moment is the gradient: it is not kept, which saves a
     third of what optimiser and gradients take. torch's own copies every channels-last parameter in each step.
 
-    Gradients must have the strides of their parameters.
+    Gradients must have the strides of their parameters: `step` raises ValueError otherwise.
     """
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float = 1e-8) -> None:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spade_fast.ops.library import accumulation_dtype
+
 VGG_LAYER_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
 GAN_MODES = ("hinge", "lsgan", "original")
 
@@ -68,12 +70,15 @@ class _L1Loss(torch.autograd.Function):
 
 def _difference(x: Tensor, target: Tensor) -> Tensor:
     """x - target, of half precision in float32."""
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    return x.float() - target if half else x - target
+    return x.to(accumulation_dtype(x.dtype)) - target
 
 
 def l1_loss(x: Tensor, target: Tensor) -> Tensor:
-    """Mean of |x - target|; target is a constant. Differentiable once."""
+    """Mean of |x - target|, a scalar (of half precision in float32); target is a constant. Differentiable once.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
     if x.shape != target.shape:
         raise ValueError(f"l1_loss: expected a target of shape {list(x.shape)}, got {list(target.shape)}")
     return _L1Loss.apply(x, target.detach())

@@ -17,6 +17,7 @@ from spade_fast.adam import Adam
 from spade_fast.config import ConfigError, TrainConfig
 from spade_fast.ema import EMA
 from spade_fast.label_map import LabelMap
+from spade_fast.ops.library import accumulation_dtype
 from spade_fast.profiling import span
 from spade_fast.ranks import Ranks, no_sync
 from spade_fast.spectral import hold_power_iteration
@@ -123,7 +124,7 @@ class TrainingStep:
         )
         if encoder is None:
             return generator(labels, noise), None
-        mu, logvar = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in encoder(image))
+        mu, logvar = (t.to(accumulation_dtype(t.dtype)) for t in encoder(image))
         return generator(labels, models.reparameterize(mu, logvar, noise)), losses.kl_loss(mu, logvar)
 
     def _discriminate(self, net: nn.Module, part: Part, fake: Tensor) -> tuple[list, list]:
@@ -273,8 +274,8 @@ class TrainingStep:
 
 
 def _with_strides_of(p: Tensor) -> Tensor:
-    """p's gradient with p's strides, which the optimiser insists on. Autograd sees to the memory
-    order, but of a 1×1 kernel that allows several strides."""
+    """p's gradient with p's strides, which the optimiser insists on. Autograd sees to the memory order, but of a 1×1
+    kernel that allows several strides."""
     if all(size == 1 or a == b for size, a, b in zip(p.shape, p.stride(), p.grad.stride(), strict=True)):
         return p.grad.as_strided(p.shape, p.stride())
     return torch.empty_like(p).copy_(p.grad)
@@ -283,7 +284,7 @@ def _with_strides_of(p: Tensor) -> Tensor:
 def _in_float32(features: list) -> list[Tensor]:
     """The predictions of every scale: a mean of thousands of values, which half precision does not hold."""
     predictions = [scale[-1] for scale in features]
-    return [p.float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in predictions]
+    return [p.to(accumulation_dtype(p.dtype)) for p in predictions]
 
 
 def _add(total: dict[str, Tensor], terms: dict[str, Tensor]) -> None:

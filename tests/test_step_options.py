@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the training step which must not change what is computed, or only in a way that is told."""
 
+import copy
 from collections import Counter
 from weakref import WeakSet
 
@@ -159,6 +160,24 @@ def test_compiled_networks_make_the_same_steps(monkeypatch):
     assert_same(*results)
     assert counter.frame_count == 4
     torch._dynamo.reset()
+
+
+# Fused Adam
+
+
+def test_fused_adam_is_adam_to_rounding():
+    step, labels, image = system(torch.float32)
+    assert all(o.param_groups[0]["fused"] for o in step.optimizers.values())
+    net = copy.deepcopy(step.discriminator)
+    plain = torch.optim.Adam(net.parameters(), lr=step.base_lrs[1], betas=(0.0, 0.9), eps=1e-6)
+    for i in range(3):
+        step(labels, image, i)
+        for p, q in zip(net.parameters(), step.discriminator.parameters(), strict=True):
+            p.grad = q.grad.clone()
+        plain.step()
+    for p, q in zip(net.parameters(), step.discriminator.parameters(), strict=True):
+        # three updates of at most lr, each with a handful of roundings, and the rounding of the weight itself
+        torch.testing.assert_close(q, p, rtol=4 * 2**-24, atol=3 * 8 * 2**-24 * step.base_lrs[1])
 
 
 # Mixed precision
