@@ -27,7 +27,7 @@ def pick_device(name: str) -> torch.device:
 def open_dataset(config: TrainConfig, phase: str, **changes: Any) -> data.SegmentationDataset:
     """The dataset of a resolved configuration."""
     names = (
-        *("dataroot", "image_dir", "label_dir", "instance_dir", "num_classes", "ignore_value", "raw_labels"),
+        *("dataroot", "image_dir", "label_dir", "instance_dir", "num_classes", "ignore_value", "shift_labels"),
         *("file_list", "use_edges", "crop_size", "load_size", "aspect_ratio", "preprocess", "flip", "seed"),
     )
     options = {name: getattr(config, name) for name in names}

@@ -21,6 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from spade_fast import data
 from spade_fast.losses import GAN_MODES
 from spade_fast.models.generator import UPSAMPLING_LAYERS, start_size
+from spade_fast.models.init import INITS
 from spade_fast.reference import KERNEL_SIZES, NORMS
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -72,7 +73,7 @@ class TrainConfig:
     file_list: str | None = _option(None, "text file naming the samples to use, one a line")
     num_classes: int | None = _option(None, "number of label classes (dataset folder)")
     ignore_value: int | None = _option(None, "label value that contributes nothing")
-    raw_labels: bool = _option(False, "ADE20K: labels 0..150 with 0 = unknown, as the released weights were trained")
+    shift_labels: bool = _option(False, "ADE20K: label v becomes class v - 1 and 0 class 150; the default is as stored")
     use_edges: bool | None = _option(None, "add the instance-edge channel where there are instance maps")
     crop_size: int | None = _option(None, "width of the synthesized image in pixels")
     load_size: int | None = _option(None, "size images are resized to before the crop")
@@ -90,6 +91,7 @@ class TrainConfig:
     norm: str = _option("syncbatch", "SPADE's parameter-free norm", NORMS)
     kernel_size: int = _option(3, "kernel of SPADE's convolutions", KERNEL_SIZES)
     spade: str = _option("fused", "SPADE layer; both are the same function", ("fused", "reference"))
+    init: str = _option("released", "first weights: as the released networks started, or as the paper says", INITS)
     n_layers_d: int = _option(4, "convolutions in each discriminator before the last")
     num_d: int = _option(2, "discriminator scales")
 
@@ -146,11 +148,11 @@ class TrainConfig:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
-# What a run can't change half-way: the networks' shapes and what "the same position in the same epoch" means.
+# What a run can't change half-way: how its networks began, their shapes and what "the same position in the same epoch" means.
 RESUME_FIXED = (
-    *("dataset", "num_classes", "ignore_value", "raw_labels", "use_edges", "crop_size", "aspect_ratio"),
+    *("dataset", "num_classes", "ignore_value", "shift_labels", "use_edges", "crop_size", "aspect_ratio"),
     *("synthetic_size", "ngf", "ndf", "num_upsampling_layers", "z_dim", "use_vae", "norm", "kernel_size"),
-    *("n_layers_d", "num_d", "batch_size", "seed"),
+    *("init", "n_layers_d", "num_d", "batch_size", "seed"),
 )
 
 
@@ -184,6 +186,21 @@ def _suggest(name: str, known: list[str]) -> str:
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
+def migrate(values: dict[str, Any]) -> dict[str, Any]:
+    """Options that an earlier version wrote, in today's names: its raw_labels is the opposite of shift_labels."""
+    values = dict(values)
+    raw = values.pop("raw_labels", None)
+    # The other datasets' configurations carried it too, where it meant nothing.
+    if isinstance(raw, bool) and str(values.get("dataset") or values.get("preset")).startswith("ade20k"):
+        values.setdefault("shift_labels", not raw)
+    return values
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """`read_file` of a run's config.json. A run of an earlier version, which names no init, started with glorot."""
+    return {"init": "glorot", **read_file(path)}
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
     """Options of a JSON file. Raises ConfigError for a file that can't be read, an unknown key or a wrong type."""
     try:
@@ -192,6 +209,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a readable JSON file: {e}") from e
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold one JSON object, got {type(values).__name__}")
+    values = migrate(values)
     for name in values:
         if name not in FIELDS:
             raise ConfigError(f"{path}: unknown option {name!r}{_suggest(name, list(FIELDS))}")

@@ -22,14 +22,14 @@ from torch.utils.data import default_collate
 from spade_fast import data, models, pictures
 from spade_fast.building import label_map, pick_device
 from spade_fast.checkpoint import FORMAT, WEIGHTS, CheckpointError, load_encoder, load_generator, resolve, safe_load
-from spade_fast.config import ConfigError, parse
+from spade_fast.config import ConfigError, migrate, parse
 from spade_fast.data.reading import read_image
 from spade_fast.data.transforms import image_to_tensor
 from spade_fast.models.generator import UPSAMPLING_LAYERS
 from spade_fast.reference import NORMS
 
 # What a checkpoint of this package knows of its data, and the command line may say otherwise.
-DATA_OPTIONS = ("dataset", "num_classes", "ignore_value", "raw_labels", "use_edges")
+DATA_OPTIONS = ("dataset", "num_classes", "ignore_value", "shift_labels", "use_edges")
 
 
 def open_maps(args: argparse.Namespace, generator: models.SPADEGenerator) -> data.SegmentationDataset:
@@ -50,7 +50,7 @@ def open_maps(args: argparse.Namespace, generator: models.SPADEGenerator) -> dat
         instance_dir=args.instance_dir,
         num_classes=args.num_classes,
         ignore_value=args.ignore_value,
-        raw_labels=bool(args.raw_labels),
+        shift_labels=bool(args.shift_labels),
         file_list=args.file_list,
         use_edges=args.use_edges,
         crop_size=width,
@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> Path:
 def recall(args: argparse.Namespace) -> None:
     """Fills what the command line leaves open with what the checkpoint was trained on."""
     loaded: Any = safe_load(resolve(args.checkpoint))
-    known = loaded.get("training", {}).get("config", {}) if loaded.get("format") == FORMAT else {}
+    known = migrate(loaded.get("training", {}).get("config", {})) if loaded.get("format") == FORMAT else {}
     if args.dataset is None and args.label_dir is None:
         args.dataset = known.get("dataset")
     same = args.dataset == known.get("dataset") or args.dataset is None
@@ -197,7 +197,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--file-list", help="text file naming the samples to use, one a line")
     p.add_argument("--num-classes", type=int, help="number of label classes (default: the checkpoint's)")
     p.add_argument("--ignore-value", type=int, help="label value that contributes nothing")
-    p.add_argument("--raw-labels", action="store_true", default=None, help="ADE20K: labels 0..150 with 0 = unknown")
+    p.add_argument(
+        "--shift-labels",
+        action=argparse.BooleanOptionalAction,
+        help="ADE20K: label v becomes class v - 1 and 0 class 150 (default: the checkpoint's, else as stored)",
+    )
     p.add_argument("--use-edges", action=argparse.BooleanOptionalAction, help="instance-edge channel")
     p.add_argument("--labels-only", action="store_true", help="do not read real images")
     p.add_argument("--preprocess", choices=data.PREPROCESS_MODES, default="fixed", help="(default: fixed)")

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.resume:
             run = RunDirectory(given.get("out", cfg.TrainConfig.out))
             run.require_run()
-            file = {**cfg.read_file(run.config), "out": str(run.path)}
+            file = {**cfg.read_run(run.config), "out": str(run.path)}
         config = cfg.resolve(cfg.merge(file, given))
         if args.dry_run:
             print(describe(config))

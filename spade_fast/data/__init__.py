@@ -62,7 +62,7 @@ def make_dataset(
     instance_dir: str | os.PathLike | None = None,
     num_classes: int | None = None,
     ignore_value: int | None = None,
-    raw_labels: bool = False,
+    shift_labels: bool = False,
     file_list: str | os.PathLike | None = None,
     use_edges: bool | None = None,
     crop_size: int | None = None,
@@ -84,7 +84,8 @@ def make_dataset(
         image_dir, label_dir, instance_dir: folders to use instead of those below dataroot.
         num_classes: for "folder"; the other datasets have theirs.
         ignore_value: stored label value whose pixels get no class (IGNORE).
-        raw_labels: ADE20K's labels as stored, 0 = unknown, as the authors' released weights need.
+        shift_labels: move ADE20K's labels down by one, so that 0 (unknown) becomes class 150; the default takes them
+            as stored, as the authors' released weights were trained.
         file_list: a text file with the name of a sample a line (without suffix); only those are used.
         use_edges: instance edges as a further channel, where the dataset has instance maps.
         crop_size: width of the result in pixels.
@@ -113,8 +114,8 @@ def make_dataset(
             f"dataset {name} has {expected} classes, got num_classes {num_classes}; for classes of your own use "
             "dataset folder"
         )
-    if raw_labels and not name.startswith("ade20k"):
-        raise DataError(f"raw_labels is an option of ade20k, not of {name}")
+    if shift_labels and not name.startswith("ade20k"):
+        raise DataError(f"shift_labels is an option of ade20k, not of {name}")
     preprocess = preprocess or defaults["preprocess"]
     crop_size = crop_size or defaults["crop_size"]
     geometry = Geometry(
@@ -144,7 +145,7 @@ def make_dataset(
                 "without, turn edges off"
             )
         if name.startswith("ade20k"):
-            spec = ade20k.spec(name, phase, root, raw_labels)
+            spec = ade20k.spec(name, phase, root, shift_labels)
         elif name == "cityscapes":
             spec = cityscapes.spec(name, phase, root)
         else:

@@ -5,8 +5,9 @@
     dataroot/annotations/training/ADE_train_*.png   0 = unknown, 1..150
     dataroot/sceneCategories.txt                    "ADE_train_00000001 airport_terminal", for the subset
 
-By default a label v becomes class v - 1 and unknown becomes 150, as in the authors' training code. Their released
-weights were trained on the raw labels 0..150 with 0 = unknown: raw_labels keeps those.
+A label is the class it is stored as, 0..150, with unknown (or none of the 150) as class 0 of its own. The authors'
+networks were trained, released and tested so; their code moves labels down by one only in a copy that it drops.
+shift_labels makes label v class v - 1 and unknown class 150, as earlier versions of this package did by default.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ OUTDOOR_SCENES = frozenset(
 )
 
 
-def stored_values(raw_labels: bool) -> dict[int, int]:
+def stored_values(shift_labels: bool) -> dict[int, int]:
     """Stored label value (0 = unknown) -> class."""
-    if raw_labels:
-        return {value: value for value in range(151)}
-    return {0: 150, **{value: value - 1 for value in range(1, 151)}}
+    if shift_labels:
+        return {0: 150, **{value: value - 1 for value in range(1, 151)}}
+    return {value: value for value in range(151)}
 
 
 def outdoor_names(root: Path) -> set[str]:
@@ -81,7 +82,7 @@ def outdoor_names(root: Path) -> set[str]:
     return names
 
 
-def spec(name: str, phase: str, root: Path | None, raw_labels: bool) -> Spec:
+def spec(name: str, phase: str, root: Path | None, shift_labels: bool) -> Spec:
     """Files of "ade20k"; samples of the subset are chosen by their names."""
     base = root or Path()
     return Spec(
@@ -89,7 +90,7 @@ def spec(name: str, phase: str, root: Path | None, raw_labels: bool) -> Spec:
         num_classes=DEFAULTS["num_classes"],
         palette=distinct_colours(DEFAULTS["num_classes"]),
         class_names=None,
-        classes=stored_values(raw_labels),
+        classes=stored_values(shift_labels),
         image_dir=base / "images" / _FOLDERS[phase],
         label_dir=base / "annotations" / _FOLDERS[phase],
         instance_dir=None,

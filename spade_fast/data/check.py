@@ -17,7 +17,7 @@ from .base import FileDataset, SegmentationDataset
 from .reading import DataError
 
 _DATA_OPTIONS = (
-    "dataroot image_dir label_dir instance_dir num_classes ignore_value raw_labels file_list use_edges crop_size "
+    "dataroot image_dir label_dir instance_dir num_classes ignore_value shift_labels file_list use_edges crop_size "
     "load_size aspect_ratio preprocess seed"
 ).split()
 

@@ -4,10 +4,11 @@
 from spade_fast.models.discriminator import MultiscaleDiscriminator
 from spade_fast.models.encoder import ConvEncoder, reparameterize
 from spade_fast.models.generator import SPADEGenerator
-from spade_fast.models.init import count_parameters, init_weights
+from spade_fast.models.init import INITS, count_parameters, init_weights
 from spade_fast.models.vgg import VGG19Features, VGGWeightsError, load_vgg19
 
 __all__ = [
+    "INITS",
     "ConvEncoder",
     "MultiscaleDiscriminator",
     "SPADEGenerator",

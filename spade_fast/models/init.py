@@ -1,24 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight initialisation and parameter counts."""
+"""Weight initialization and parameter counts."""
 
 from __future__ import annotations
 
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import nn
 
-from spade_fast.spectral import SpectralConv2d
+from spade_fast.spectral import EPS, SpectralConv2d
+
+INITS = ("released", "glorot")
 
 
-def init_weights(net: nn.Module, gain: float = 0.02) -> None:
-    """Glorot-normal weights (paper, section 4) with the authors' gain of 0.02 and zero biases, in place; spectral
-    norms are estimated anew."""
+def init_weights(net: nn.Module, init: str = "released", gain: float = 0.02) -> None:
+    """Draws the weights of a generator, discriminator or encoder anew, in place.
+
+    Glorot-normal (paper, section 4) has the standard deviation gain·sqrt(2 / (fan_in + fan_out)); biases become zero.
+
+    ``released`` is how the networks behind the released weights started. The authors' Glorot draw misses spectrally
+    normalized convolutions on a GPU: it lands on the normalized weight, which every forward computes anew. What their
+    ``weight_orig`` keeps is torch's default, uniform in ±1 / sqrt(fan_in), and u and v are random unit vectors, which
+    the first training forwards turn to the largest singular value. All other convolutions and linear layers are
+    Glorot-normal. The function does not depend on the scale of ``weight_orig``, but Adam's step in it does.
+
+    ``glorot`` is what the paper says: every layer Glorot-normal; spectral norms are estimated at once.
+
+    Args:
+        net: the network.
+        init: one of INITS.
+        gain: of the Glorot-normal weights; 0.02 is the authors'.
+
+    Raises:
+        ValueError: init is unknown.
+    """
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            weight = module.weight_orig if isinstance(module, SpectralConv2d) else module.weight
-            nn.init.xavier_normal_(weight, gain=gain)
-            if isinstance(module, SpectralConv2d):
-                module.settle()
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        if not isinstance(module, SpectralConv2d):
+            nn.init.xavier_normal_(module.weight, gain=gain)
+        elif init == "glorot":
+            nn.init.xavier_normal_(module.weight_orig, gain=gain)
+            module.settle()
+        else:
+            nn.init.kaiming_uniform_(module.weight_orig, a=math.sqrt(5))  # torch's default for convolutions
+            with torch.no_grad():
+                for vector in (module.weight_u, module.weight_v):
+                    vector.copy_(F.normalize(torch.randn_like(vector), dim=0, eps=EPS))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def count_parameters(net: nn.Module) -> int:
