@@ -34,7 +34,7 @@ def build(device: str, ngf: int, crop: int) -> dict[str, nn.Module]:
     """The same weights in every generator (but for the class table's)."""
     torch.manual_seed(0)
     plain = SPADEGenerator(184, ngf=ngf, crop_size=crop, spade="reference")
-    init_weights(plain, gain=1.0)  # activations of order one, so that errors show
+    init_weights(plain, "glorot", gain=1.0)  # activations of order one, so that errors show
     nets: dict[str, nn.Module] = {"plain NCHW": plain}
     for name, spade in (("plain channels-last", "reference"), ("fused", "fused"), ("class table", "fused")):
         nets[name] = SPADEGenerator(184, ngf=ngf, crop_size=crop, spade=spade)

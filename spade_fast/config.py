@@ -148,12 +148,16 @@ class TrainConfig:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
-# What a run can't change half-way: how its networks began, their shapes and what "the same position in the same epoch" means.
+# What a run can't change half-way: how its networks started, their shapes, and what "the same position in the same
+# epoch" means.
 RESUME_FIXED = (
     *("dataset", "num_classes", "ignore_value", "shift_labels", "use_edges", "crop_size", "aspect_ratio"),
     *("synthetic_size", "ngf", "ndf", "num_upsampling_layers", "z_dim", "use_vae", "norm", "kernel_size"),
     *("init", "n_layers_d", "num_d", "batch_size", "seed"),
 )
+
+
+BEFORE_INIT = {"init": "glorot"}  # how a run started whose configuration is older than the option
 
 
 def flag(name: str) -> str:
@@ -197,8 +201,8 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
-    """`read_file` of a run's config.json. A run of an earlier version, which names no init, started with glorot."""
-    return {"init": "glorot", **read_file(path)}
+    """`read_file` of a run's config.json."""
+    return {**BEFORE_INIT, **read_file(path)}
 
 
 def read_file(path: str | Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 from spade_fast import batches, data, models, pictures
 from spade_fast.building import build_networks, check_size, label_map, length, open_dataset, steps_per_epoch
 from spade_fast.checkpoint import FORMAT, checkpoint_path
-from spade_fast.config import RESUME_FIXED, ConfigError, TrainConfig, flag, migrate
+from spade_fast.config import BEFORE_INIT, RESUME_FIXED, ConfigError, TrainConfig, flag, migrate
 from spade_fast.label_map import LabelMap
 from spade_fast.monitor import Monitor, import_tqdm
 from spade_fast.profiling import StepProfile, span
@@ -263,7 +263,7 @@ class Trainer:
             return
         state, path = loaded
         training = state["training"]
-        before = migrate(training["config"])
+        before = {**BEFORE_INIT, **migrate(training["config"])}
         for name in RESUME_FIXED:
             if name in before and before[name] != getattr(self.config, name):
                 raise RunDirectoryError(

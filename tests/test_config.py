@@ -17,6 +17,7 @@ from spade_fast.config import (
     merge,
     parse,
     read_file,
+    read_run,
     resolve,
 )
 
@@ -94,7 +95,7 @@ def test_a_vae_has_a_z():
 
 
 def test_a_saved_config_reads_back_equal(tmp_path):
-    config = resolve(merge({}, {"preset": "ade20k", "dataroot": "x", "raw_labels": True, "steps": 9}))
+    config = resolve(merge({}, {"preset": "ade20k", "dataroot": "x", "shift_labels": True, "steps": 9}))
     config.save(tmp_path / "config.json")
     assert merge(read_file(tmp_path / "config.json"), {}) == config
 
@@ -182,6 +183,32 @@ def test_a_bad_value_names_the_option(values, message):
 def test_a_preset_of_another_dataset_is_refused():
     with pytest.raises(ConfigError, match="preset 'coco' is for the dataset 'coco', but dataset is 'flickr'"):
         merge({}, {"preset": "coco", "dataset": "flickr"})
+
+
+@pytest.mark.parametrize(
+    ("written", "shifted"),
+    [
+        ({"preset": "ade20k", "dataset": "ade20k", "raw_labels": False}, True),
+        ({"preset": "ade20k", "dataset": "ade20k", "raw_labels": True}, False),
+        ({"preset": None, "dataset": "ade20k-outdoor", "raw_labels": False}, True),
+        ({"preset": "ade20k-outdoor", "raw_labels": False}, True),
+        ({"preset": "ade20k"}, False),
+        ({"preset": "coco", "dataset": "coco", "raw_labels": False}, False),
+    ],
+)
+def test_labels_of_an_earlier_version_keep_their_meaning(tmp_path, written, shifted):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(written))
+    assert merge(read_file(file), {}).shift_labels is shifted
+
+
+def test_a_run_of_an_earlier_version_started_with_glorot(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"ngf": 8}))
+    assert merge(read_run(file), {}).init == "glorot"
+    assert merge(read_file(file), {}).init == "released"
+    file.write_text(json.dumps({"init": "released"}))
+    assert merge(read_run(file), {}).init == "released"
 
 
 def test_presets_and_fixed_options_exist():

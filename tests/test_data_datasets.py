@@ -202,15 +202,17 @@ def ade(tmp_path):
 def test_ade20k(ade, phase):
     dataset = make_dataset("ade20k", phase, dataroot=ade, **as_stored())
     assert (len(dataset), dataset.num_classes, dataset.label_nc) == (2, 151, 151)
-    np.testing.assert_array_equal(dataset[0]["label"], blocks([150, 0, 149]))
-    raw = make_dataset("ade20k", phase, dataroot=ade, raw_labels=True, **as_stored())
-    assert raw.label_nc == 151
-    np.testing.assert_array_equal(raw[0]["label"], blocks([0, 1, 150]))
+    np.testing.assert_array_equal(dataset[0]["label"], blocks([0, 1, 150]))
+    shifted = make_dataset("ade20k", phase, dataroot=ade, shift_labels=True, **as_stored())
+    assert shifted.label_nc == 151
+    np.testing.assert_array_equal(shifted[0]["label"], blocks([150, 0, 149]))
 
 
 def test_ade20k_outdoor(ade, tmp_path):
-    dataset = make_dataset("ade20k-outdoor", dataroot=ade)
-    assert [Path(sample.label).stem for sample in dataset.samples] == ["ADE_train_00000002"]
+    for options, label in (({}, 7), ({"shift_labels": True}, 6)):
+        dataset = make_dataset("ade20k-outdoor", dataroot=ade, **options, **as_stored())
+        assert [Path(sample.label).stem for sample in dataset.samples] == ["ADE_train_00000002"]
+        assert (dataset.label_nc, dataset[0]["label"].unique().tolist()) == (151, [label])
     listing = tmp_path / "list.txt"
     listing.write_text("\nADE_train_00000001.jpg\n")
     dataset = make_dataset("ade20k-outdoor", dataroot=ade, file_list=listing)
@@ -385,7 +387,7 @@ def test_folders_missing_or_empty(folder, tmp_path):
         ("coco", {"phase": "test"}, "phase 'test' is unknown; expected one of train, val"),
         ("coco", {}, r"dataset coco: its folder is not given \(--dataroot\)"),
         ("coco", {"dataroot": "x", "num_classes": 20}, "coco has 183 classes, got num_classes 20"),
-        ("coco", {"dataroot": "x", "raw_labels": True}, "raw_labels is an option of ade20k"),
+        ("coco", {"dataroot": "x", "shift_labels": True}, "shift_labels is an option of ade20k"),
         ("folder", {"label_dir": "x"}, r"number of classes is not given \(--num-classes\)"),
         ("folder", {"num_classes": 3}, "no folder of label maps is given"),
         ("folder", {"label_dir": "x", "num_classes": 0}, r"num_classes must be 1\.\.65536, got 0"),

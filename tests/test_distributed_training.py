@@ -51,7 +51,7 @@ def three_steps(rank=0, world=1, vgg=False, **changes) -> dict:
     nets = build_networks(config, dataset.label_nc)
     torch.manual_seed(rank)
     for net in nets.values():
-        init_weights(net, gain=1.0)
+        init_weights(net, "glorot", gain=1.0)
         net.double().train()
     torch.manual_seed(0)
     step = TrainingStep(nets, config, VGG19Features().double() if vgg else None, ranks)

@@ -257,10 +257,10 @@ def test_reparameterize_draws_from_the_posterior():
     torch.testing.assert_close(reparameterize(mu, logvar, noise), torch.tensor([[1.5, -2 - math.exp(2)]]))
 
 
-def test_init_weights_is_glorot_normal_with_the_gain():
+def test_glorot_starts_every_layer_glorot_normal_with_the_gain():
     torch.manual_seed(0)
     net = SPADEGenerator(20, ngf=8, crop_size=32)
-    init_weights(net)
+    init_weights(net, "glorot")
     conv, gamma = net.head_0.conv_0, net.head_0.norm_0.mlp_gamma
     for weight in (conv.weight_orig, gamma.weight):
         fan_out, fan_in = weight.shape[0] * 9, weight.shape[1] * 9
@@ -271,6 +271,55 @@ def test_init_weights_is_glorot_normal_with_the_gain():
     torch.testing.assert_close(
         conv.weight_orig / conv.eval().normalized_weight(), sigma.expand_as(conv.weight_orig), rtol=0.05, atol=0
     )
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: SPADEGenerator(20, ngf=8, crop_size=32),
+        lambda: SPADEGenerator(20, ngf=8, crop_size=32, z_dim=8, spade="reference"),
+        lambda: MultiscaleDiscriminator(20, ndf=16),
+        lambda: ConvEncoder(ngf=8, z_dim=32),
+    ],
+    ids=["generator", "generator with z", "discriminator", "encoder"],
+)
+def test_released_starts_spectral_layers_by_torchs_default_and_the_others_glorot_normal(build):
+    torch.manual_seed(0)
+    net = build()
+    for p in net.parameters():
+        p.data.fill_(7.0)  # nothing of what was there before stays
+    vectors = {name: b.clone() for name, b in net.named_buffers() if name.endswith(("weight_u", "weight_v"))}
+    init_weights(net)
+    state, kinds = net.state_dict(), set()
+    for name, weight in net.named_parameters():
+        if name.endswith("bias"):
+            assert not weight.any(), name
+            continue
+        area = weight[0, 0].numel()
+        fan_in, fan_out = weight.shape[1] * area, weight.shape[0] * area
+        # Of n draws: five standard errors of the mean, and of the standard deviation of a normal distribution.
+        n, spectral = weight.numel(), name.endswith("weight_orig")
+        std = (1 / 3 / fan_in) ** 0.5 if spectral else 0.02 * (2 / (fan_in + fan_out)) ** 0.5
+        assert weight.std().item() == pytest.approx(std, rel=5 / (2 * n) ** 0.5), name
+        assert abs(weight.mean().item()) < 5 * std / n**0.5, name
+        largest = weight.abs().max().item() * fan_in**0.5
+        assert not spectral or 1 - 20 / n < largest <= 1.000001, name  # uniform in ±1 / sqrt(fan_in)
+        kinds.add(spectral)
+        if spectral:
+            for letter in "uv":
+                vector = state[name.removesuffix("orig") + letter]
+                assert vector.norm().item() == pytest.approx(1, rel=1e-5)
+                assert not torch.equal(vector, vectors[name.removesuffix("orig") + letter])
+            if weight.shape[0] >= 64:  # u is random, not the singular vector of the largest value: five deviations
+                top = torch.linalg.svd(weight.detach().flatten(1), full_matrices=False).U[:, 0]
+                along = torch.dot(state[name.removesuffix("orig") + "u"], top).abs().item()
+                assert along < 5 / weight.shape[0] ** 0.5, name
+    assert kinds == {True, False}
+
+
+def test_an_unknown_start_is_named():
+    with pytest.raises(ValueError, match="init must be one of released, glorot, got 'xavier'"):
+        init_weights(nn.Conv2d(1, 1, 1), "xavier")
 
 
 @pytest.mark.parametrize(

@@ -168,13 +168,35 @@ def test_a_finished_run_is_left_alone(tmp_path, straight, capsys):
     assert (out / "checkpoint_00000020.pt").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(("option", "was"), [("--ngf=8", "4"), ("--batch-size=4", "2"), ("--no-use-vae", "True")])
+@pytest.mark.parametrize(
+    ("option", "was"),
+    [("--ngf=8", "4"), ("--batch-size=4", "2"), ("--no-use-vae", "True"), ("--init=glorot", "'released'")],
+)
 def test_what_a_run_can_not_change_is_named(straight, capsys, option, was):
     assert main(["--out", str(straight), "--resume", option]) == 1
     name = option.split("=")[0].replace("--no-", "--")
     error = capsys.readouterr().err
     assert f"--resume: {name} is " in error
     assert f"was trained with {was}" in error
+
+
+def test_a_run_of_an_earlier_version_continues_as_it_started(tmp_path, straight, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+
+    def earlier(options):  # without init and with raw_labels, which meant nothing to this dataset
+        return {"raw_labels": False, **{k: v for k, v in options.items() if k not in ("init", "shift_labels")}}
+
+    (out / "config.json").write_text(json.dumps(earlier(json.loads((out / "config.json").read_text()))))
+    newest = out / "checkpoint_00000020.pt"
+    state = safe_load(newest)
+    state["training"]["config"] = earlier(state["training"]["config"])
+    torch.save(state, newest)
+    assert main(["--out", str(out), "--resume", "--init", "released"]) == 1
+    assert "--resume: --init is 'released', but" in capsys.readouterr().err
+    assert main(["--out", str(out), "--resume", "--steps", "21", "--no-tensorboard"]) == 0
+    written = cfg.read_file(out / "config.json")
+    assert (written["init"], written["shift_labels"]) == ("glorot", False)
 
 
 def test_a_longer_run_continues(tmp_path, straight):

@@ -41,7 +41,7 @@ def system(dtype=torch.float64, **changes):
     torch.manual_seed(0)
     nets = build_networks(config, dataset.label_nc)
     for net in nets.values():
-        init_weights(net, gain=1.0)
+        init_weights(net, "glorot", gain=1.0)
         net.to(dtype).train()
     step = TrainingStep(nets, config, None, Ranks("cpu"))
     for optimizer in step.optimizers.values():

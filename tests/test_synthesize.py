@@ -9,7 +9,7 @@ from PIL import Image
 from spade_fast import LabelMap, models
 from spade_fast.checkpoint import FORMAT
 from spade_fast.pictures import to_uint8
-from spade_fast.synthesize import choose_z, draw_z, main, unique_name
+from spade_fast.synthesize import choose_z, draw_z, main, parser, recall, unique_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,12 +28,12 @@ def files(tmp_path_factory):
     options = {"label_nc": 3, "ngf": 4, "crop_size": 32}
     for name, z_dim in (("plain", None), ("vae", 6)):
         generator = models.SPADEGenerator(**options, z_dim=z_dim)
-        models.init_weights(generator, gain=1.0)  # strong enough for images to differ visibly
+        models.init_weights(generator, "glorot", gain=1.0)  # strong enough for images to differ visibly
         generator.eval()
         state = {"format": FORMAT, "generator": entry(generator)}
         if z_dim:
             encoder = models.ConvEncoder(ngf=4, z_dim=z_dim)
-            models.init_weights(encoder, gain=1.0)
+            models.init_weights(encoder, "glorot", gain=1.0)
             state["encoder"] = entry(encoder)
         torch.save(state, root / f"{name}.pt")
     return root
@@ -183,6 +183,24 @@ def test_a_run_remembers_its_data(tmp_path, capsys):
     assert train([*options.split(), "--no-use-edges", "--no-tensorboard", "--out", run_directory]) == 0
     assert main(["--checkpoint", run_directory, "--out", str(tmp_path / "out"), "--sheet-rows", "2"]) == 0
     assert len(list((tmp_path / "out").glob("0*.png"))) == 64  # the validation scenes
+
+
+@pytest.mark.parametrize(
+    ("config", "argv", "shifted"),
+    [
+        ({"raw_labels": False}, [], True),  # of an earlier version
+        ({"raw_labels": True}, [], False),
+        ({"shift_labels": True}, [], True),
+        ({"shift_labels": True}, ["--no-shift-labels"], False),
+        ({"shift_labels": False}, ["--shift-labels"], True),
+        ({}, [], None),
+    ],
+)
+def test_ade20k_labels_are_what_the_checkpoint_was_trained_on(tmp_path, config, argv, shifted):
+    torch.save({"format": FORMAT, "training": {"config": {"dataset": "ade20k", **config}}}, tmp_path / "a.pt")
+    args = parser().parse_args(["--checkpoint", str(tmp_path / "a.pt"), "--out", "x", *argv])
+    recall(args)
+    assert (args.dataset, args.shift_labels) == ("ade20k", shifted)
 
 
 def test_names_that_meet_stay_apart():

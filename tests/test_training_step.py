@@ -31,7 +31,7 @@ def networks(spade: str, norm: str, use_vae: bool) -> dict[str, nn.Module]:
     if use_vae:
         nets["encoder"] = ConvEncoder(ngf=2, z_dim=8)
     for net in nets.values():
-        init_weights(net, gain=1.0)
+        init_weights(net, "glorot", gain=1.0)
         net.double()
     if spade != "reference":  # random numbers are drawn in memory order, which differs
         for name, net in networks("reference", norm, use_vae).items():
