@@ -99,9 +99,40 @@ def train_step() -> list[str]:
     ]
 
 
+def initialization() -> list[str]:
+    result = read("init.json")
+    config, change = result["config"], result["first step"]
+    rows = [
+        f"| first weights: L1 to the real images after {config['steps']} steps | "
+        + " | ".join(f"seed {i}" for i in range(config["seeds"]))
+        + " | mean |",
+        "| --- |" + " --- |" * (config["seeds"] + 1),
+    ]
+    titles = {"coco": "13 COCO-Stuff images", "synthetic": "`synthetic`"}
+    for dataset, starts in result["losses"].items():
+        for init, losses in starts.items():
+            each = [f"{seed['l1']:.3f}" for seed in losses["seeds"]]
+            rows.append(
+                f"| {titles[dataset]}, `--init {init}` | {' | '.join(each)} | {losses['mean']['l1']:.3f} |",
+            )
+
+    def median(init: str) -> str:
+        g, d = (change[init][net]["spectral norm"] for net in ("generator", "discriminator"))
+        return f"{g:.2g} in the generator and {d:.2g} in the discriminator with `{init}`"
+
+    return [
+        *rows,
+        "",
+        f"{config['crop']}×{config['crop']}, ngf {config['ngf']}, batch {config['batch']}, without VGG loss; early in "
+        "training, and of training images. What Adam's first step changes of a spectrally normalized weight (|ΔW| / "
+        f"|W|, median over layers, ngf 64): {median('released')}; {median('glorot')}.",
+        source("init.json", result, "benchmarks.init"),
+    ]
+
+
 def figures() -> str:
     """The README's text between the markers."""
-    return "\n\n".join("\n".join(part()) for part in (macs, generator, layer, train_step)) + "\n"
+    return "\n\n".join("\n".join(part()) for part in (macs, generator, layer, train_step, initialization)) + "\n"
 
 
 def main() -> int:

@@ -2,13 +2,14 @@
 """What the benchmarks of training count and compute, which no timing can make wrong."""
 
 import argparse
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
-from benchmarks import gpu, scaling, train_step
+from benchmarks import gpu, init, scaling, train_step
 from spade_fast.building import build_networks
 from spade_fast.config import merge, resolve
 from spade_fast.models import count_parameters
@@ -76,3 +77,15 @@ def test_collectives_and_bytes_of_a_step(tmp_path):
     assert counted["statistics forward"] == {"calls": 28, "bytes": 2 * 4 * sum(2 * c + 1 for c in channels)}
     assert counted["statistics backward"] == {"calls": 14, "bytes": 4 * sum(2 * c for c in channels)}
     assert counted["losses and stops"]["calls"] == 1
+
+
+@pytest.mark.parametrize("start", ["released", "glorot"])
+def test_first_change_of_a_weight_is_the_learning_rate_over_its_size(start):
+    """Adam with beta1 = 0 moves every value by the learning rate in its first step."""
+    options = {"dataset": "synthetic", "synthetic_size": 4, "crop_size": 32, "load_size": 32, "ngf": 8, "ndf": 8}
+    change = init.first_change(start, **options, batch_size=2)
+    run = init.Training(start, 0, **options, batch_size=2)
+    # Elsewhere some values stay: taps that see padding alone, channels of classes that are not in the batch.
+    weights = init.kernels(run.nets["discriminator"])["spectral norm"]
+    expected = statistics.median(4e-4 / w.detach().square().mean().sqrt().item() for w in weights)
+    assert change["discriminator"]["spectral norm"] == pytest.approx(expected, rel=0.02)
