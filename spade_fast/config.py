@@ -193,9 +193,12 @@ def _suggest(name: str, known: list[str]) -> str:
 def migrate(values: dict[str, Any]) -> dict[str, Any]:
     """Options that an earlier version wrote, in today's names: its raw_labels is the opposite of shift_labels."""
     values = dict(values)
-    raw = values.pop("raw_labels", None)
+    raw = values.get("raw_labels")
+    if not isinstance(raw, bool):
+        return values
+    del values["raw_labels"]
     # The other datasets' configurations carried it too, where it meant nothing.
-    if isinstance(raw, bool) and str(values.get("dataset") or values.get("preset")).startswith("ade20k"):
+    if str(values.get("dataset") or values.get("preset")).startswith("ade20k"):
         values.setdefault("shift_labels", not raw)
     return values
 
