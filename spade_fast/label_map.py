@@ -26,7 +26,8 @@ class LabelMap:
         synchronisation, no device assert). With False nothing is checked and labels out of range count as ignored.
 
     The map is kept as `codes` [N, H, W] int32: the label, or label * 2 + edge when there are edges; an ignored
-    pixel has the label num_classes. Its sizes and patterns at other resolutions are found when asked for and kept.
+    pixel has the label num_classes. Its sizes and patterns at other resolutions are found when asked for and kept: a
+    LabelMap is a copy of the labels as they were, and its tensors are not to be written to.
     """
 
     def __init__(
@@ -131,8 +132,8 @@ class LabelMap:
 
     @property
     def ids(self) -> Tensor:
-        """Labels [N, H, W] int32; ignored pixels have the value num_classes."""
-        return self.codes >> 1 if self.has_edges else self.codes
+        """Labels [N, H, W] int32, a copy; ignored pixels have the value num_classes."""
+        return self.codes >> 1 if self.has_edges else self.codes.clone()
 
     @property
     def edges(self) -> Tensor | None:
@@ -168,13 +169,15 @@ class LabelMap:
         """
         key = (h, w, kernel_size)
         found = self._patterns.get(key)
+        # Asked once: with graph breaks, what this calls may be compiled where this is not.
+        traced = torch.compiler.is_compiling()
         if found is None:
-            found = Patterns.find(self.resized(h, w), kernel_size)
-            if torch.compiler.is_compiling():
+            found = Patterns.find(self.resized(h, w), kernel_size, traced)
+            if traced:
                 return found
             self._patterns[key] = found
             _mark_dynamic(found)
-        if backward and found.outside is None and not torch.compiler.is_compiling():
+        if backward and found.outside is None and not traced:
             found.add_segments()
             _mark_dynamic(found)
         return found

@@ -35,11 +35,14 @@ class Patterns:
     tap_offsets: Tensor | None = None
 
     @staticmethod
-    def find(codes: Tensor, kernel_size: int) -> Patterns:
-        """The patterns of codes [N, h, w] int32. Waits for the device: how many there are decides the sizes."""
+    def find(codes: Tensor, kernel_size: int, traced: bool = False) -> Patterns:
+        """The patterns of codes [N, h, w] int32. Waits for the device: how many there are decides the sizes.
+
+        traced: in a traced graph, where the counts are not known; they stay empty.
+        """
         hidden_ids, hidden_codes, hidden_counts = ops.patterns(codes, kernel_size)
         ids, taps, counts = ops.patterns(hidden_ids, kernel_size)
-        if torch.compiler.is_compiling():  # the counts are not known in a traced graph
+        if traced:
             return Patterns(hidden_ids, hidden_codes, ids, taps, (), ())
         return Patterns(hidden_ids, hidden_codes, ids, taps, tuple(hidden_counts.tolist()), tuple(counts.tolist()))
 
