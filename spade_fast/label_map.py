@@ -142,12 +142,12 @@ class LabelMap:
 
     def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The conditioning as the original layer takes it: [N, label_nc, H, W]."""
-        n, (h, w) = len(self), self.size
-        out = torch.zeros(n, self.num_classes + 1, h, w, dtype=dtype, device=self.device)
-        out.scatter_(1, self.ids.to(torch.int64).unsqueeze(1), 1)
-        if not self.has_edges:
-            return out[:, : self.num_classes]
-        out[:, self.num_classes] = (self.codes & 1).to(dtype)  # the ignored pixels' channel becomes the edge channel
+        out = torch.zeros(len(self), self.label_nc, *self.size, dtype=dtype, device=self.device)
+        labels = self.ids.to(torch.int64).unsqueeze(1)
+        present = (labels < self.num_classes).to(dtype)  # an ignored pixel has no channel
+        out.scatter_(1, labels.clamp(max=self.num_classes - 1), present)
+        if self.has_edges:
+            out[:, -1] = (self.codes & 1).to(dtype)
         return out
 
     def resized(self, h: int, w: int) -> Tensor:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +26,20 @@ DENSE_ABOVE = 0.9  # distinct patterns a pixel above which one convolution over 
 _recomputing = 0
 
 
-@contextlib.contextmanager
-def recomputing() -> Iterator[None]:
+class recomputing(contextlib.AbstractContextManager):
     """Inside, a forward in training mode gives again what the last one gave: it changes neither running statistics nor
-    spectral norm's vectors."""
-    global _recomputing
-    _recomputing += 1
-    try:
-        with hold_power_iteration():
-            yield
-    finally:
+    spectral norm's vectors. Can be entered again: a second derivative computes forwards more than once."""
+
+    def __enter__(self) -> None:
+        global _recomputing
+        _recomputing += 1
+        self._held = hold_power_iteration()
+        self._held.__enter__()
+
+    def __exit__(self, *raised) -> None:
+        global _recomputing
         _recomputing -= 1
+        self._held.__exit__(*raised)
 
 
 class FusedSPADE(nn.Module):

@@ -56,7 +56,7 @@ def test_torch_func(training, what):
 
 
 def test_hessian():
-    plain, fused = pair()
+    plain, fused = (layer.eval() for layer in pair())
     x, labels = x_of((2, 6, 2, 2)), maps(2, 4)
     expected = hessian(lambda q: plain(q, labels.one_hot(torch.float64)).pow(3).sum())(x)
     actual = hessian(lambda q: fused(q, labels).pow(3).sum())(x)
@@ -75,6 +75,17 @@ def test_trace_of_a_layer():
             torch.testing.assert_close(traced(x, other), plain(x, other), rtol=1e-9, atol=1e-9)
 
 
+class Last(nn.Module):
+    """The prediction of a discriminator's second scale."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, segmap, image):
+        return self.net(segmap, image)[1][-1]
+
+
 @pytest.mark.parametrize("with_gradients", [False, True])
 def test_trace_of_networks(with_gradients):
     nets = networks()
@@ -88,16 +99,16 @@ def test_trace_of_networks(with_gradients):
         torch.testing.assert_close(torch.jit.load(saved)(segmap.flip(3)), expected, rtol=1e-8, atol=1e-8)
         net = MultiscaleDiscriminator(CLASSES, ndf=4).double().eval()
         image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-        traced = torch.jit.trace(net, (segmap, image), check_trace=False)
-        for a, b in zip(traced(segmap.flip(3), image), net(segmap.flip(3), image), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+        last = Last(net)
+        traced = torch.jit.trace(last, (segmap, image), check_trace=False)
+        torch.testing.assert_close(traced(segmap.flip(3), image), last(segmap.flip(3), image), rtol=1e-8, atol=1e-8)
 
 
 def test_export_with_any_batch_and_size():
     plain, fused = pair()
     plain.eval(), fused.eval()
     batch, height, width = (torch.export.Dim(name, min=1, max=64) for name in ("n", "h", "w"))
-    shapes = {"x": {0: batch, 2: height, 3: width}, "labels": {0: batch}, "activation": None, "upsample": None}
+    shapes = {"x": {0: batch, 2: height, 3: width}, "labels": {0: batch}}
     args = (x_of(), maps().one_hot(torch.float64))
     exported = torch.export.export(fused, args, dynamic_shapes=shapes).module()
     for n, h, w in ((1, 20, 20), (7, 9, 31)):
@@ -229,6 +240,4 @@ def test_compiled_without_fullgraph_with_a_fresh_map():
             net.zero_grad()
             image.square().sum().backward()
         for (name, p), q in zip(nets["fused"].named_parameters(), nets["reference"].parameters(), strict=True):
-            torch.testing.assert_close(
-                p.grad, q.grad, rtol=1e-6, atol=1e-6 * (1e-6 + q.grad.abs().max().item()), msg=name
-            )
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-8, msg=name)
