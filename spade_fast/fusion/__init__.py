@@ -55,8 +55,9 @@ def fuse(
             if isinstance(structure, NotUnderstood):
                 raise structure
             call = _example(module, structure, calls.get(module), adapters.get(cls))
-            fused = find_reading(module, structure, adapters.get(cls), call if cls in adapters else None)
-            differences = prove(module, fused, call if cls in adapters else None, call)
+            only = call if cls in adapters else None
+            fused, dtype = find_reading(module, structure, adapters.get(cls), only)
+            differences = prove(module, fused, dtype, only, call)
         except NotUnderstood as reason:
             layers.append(FusedLayer(name, cls, False, str(reason)))
             continue

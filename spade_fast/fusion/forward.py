@@ -62,9 +62,9 @@ class FusedForward:
             x, labels = None, None if values is None else values[0]
         else:
             x, labels = self._bind(args, kwargs, 2) or (None, None)
-            if type(x) not in _PLAIN:
-                return None
         structure = self.structure
+        if not structure.only_map and type(x) not in _PLAIN:
+            return None
         if type(labels) not in _PLAIN or labels.dim() != 4 or labels.shape[1] != structure.shared.in_channels:
             return None
         if labels.numel() == 0 or labels.is_meta:
