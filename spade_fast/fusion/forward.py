@@ -20,12 +20,28 @@ _SIMPLE = (bool, int, float, str, tuple, type(None))
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-class FusedForward:
-    """The fused layer's function. An object, not a closure: copies and pickles of a model take it along with their own
-    modules."""
+class _Forward:
+    """Stands for a module's forward. An object, not a closure: copies and pickles of a model take it along with their
+    own modules."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    def __code__(self):  # torch.export asks for it
+        return type(self.module).forward.__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+class FusedForward(_Forward):
+    """The fused layer's function."""
 
     def __init__(self, module: nn.Module, structure: Structure, adapter: Adapter | None, resizes: bool) -> None:
-        self.module, self.structure, self.adapter, self.resizes = module, structure, adapter, resizes
+        super().__init__(module)
+        self.structure, self.adapter, self.resizes = structure, adapter, resizes
         self.proven = fingerprint(module)
         self.warned = False
 
@@ -154,11 +170,11 @@ def fingerprint(module: nn.Module) -> tuple:
 _UNSTABLE = ("_is_full_backward_hook", "_is_hf_initialized", "_version")
 
 
-class ScopedForward:
+class ScopedForward(_Forward):
     """The model's own forward, with each map recognized once a call."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        super().__init__(module)
         self.before = module.__dict__.get("forward")  # set on the instance by others
 
     def __call__(self, *args, **kwargs):
