@@ -352,6 +352,9 @@ def test_traces_transforms_and_dispatch_modes_run_the_module():
     torch.testing.assert_close(exported(x, other), original(x, other), rtol=1e-10, atol=1e-10)
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(x, other), original(x, other), rtol=1e-10, atol=1e-10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ran_fused(model, x, other)  # outside, as before
     _, tangent = torch.func.jvp(lambda x: model(x, labels), (x,), (torch.ones_like(x),))
     _, expected = torch.func.jvp(lambda x: original(x, labels), (x,), (torch.ones_like(x),))
     torch.testing.assert_close(tangent, expected)

@@ -160,14 +160,18 @@ def fingerprint(module: nn.Module) -> tuple:
     parts = []
     for name, part in module.named_modules():
         own = part.__dict__
-        options = tuple((k, v) for k, v in own.items() if isinstance(v, _SIMPLE) and k not in ("training", *_UNSTABLE))
+        options = tuple((k, v) for k, v in own.items() if isinstance(v, _SIMPLE) and not _is_torchs(k))
         hooks = () if part is module else tuple(tuple(own[kind].values()) for kind in _HOOKS)
         replaced = None if part is module else own.get("forward")
         parts.append((name, part, type(part), type(part).forward, replaced, hooks, options))
     return tuple(parts)
 
 
-_UNSTABLE = ("_is_full_backward_hook", "_is_hf_initialized", "_version")
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)  # its training flag and torch's own bookkeeping
+
+
+def _is_torchs(name: str) -> bool:
+    return name in _OF_EVERY_MODULE or name.startswith("_is_")  # _is_torch_compile and the like
 
 
 class ScopedForward(_Forward):
