@@ -26,7 +26,8 @@ class LabelMap:
         synchronisation, no device assert). With False nothing is checked and labels out of range count as ignored.
 
     The map is kept as `codes` [N, H, W] int32: the label, or label * 2 + edge when there are edges; an ignored
-    pixel has the label num_classes. Its sizes and patterns at other resolutions are found when asked for and kept.
+    pixel has the label num_classes. Its sizes and patterns at other resolutions are found when asked for and kept: a
+    LabelMap is a copy of the labels as they were, and its tensors are not to be written to.
     """
 
     def __init__(
@@ -131,8 +132,8 @@ class LabelMap:
 
     @property
     def ids(self) -> Tensor:
-        """Labels [N, H, W] int32; ignored pixels have the value num_classes."""
-        return self.codes >> 1 if self.has_edges else self.codes
+        """Labels [N, H, W] int32, a copy; ignored pixels have the value num_classes."""
+        return self.codes >> 1 if self.has_edges else self.codes.clone()
 
     @property
     def edges(self) -> Tensor | None:
@@ -141,12 +142,12 @@ class LabelMap:
 
     def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The conditioning as the original layer takes it: [N, label_nc, H, W]."""
-        n, (h, w) = len(self), self.size
-        out = torch.zeros(n, self.num_classes + 1, h, w, dtype=dtype, device=self.device)
-        out.scatter_(1, self.ids.to(torch.int64).unsqueeze(1), 1)
-        if not self.has_edges:
-            return out[:, : self.num_classes]
-        out[:, self.num_classes] = (self.codes & 1).to(dtype)  # the ignored pixels' channel becomes the edge channel
+        out = torch.zeros(len(self), self.label_nc, *self.size, dtype=dtype, device=self.device)
+        labels = self.ids.to(torch.int64).unsqueeze(1)
+        present = (labels < self.num_classes).to(dtype)  # an ignored pixel has no channel
+        out.scatter_(1, labels.clamp(max=self.num_classes - 1), present)
+        if self.has_edges:
+            out[:, -1] = (self.codes & 1).to(dtype)
         return out
 
     def resized(self, h: int, w: int) -> Tensor:
@@ -172,13 +173,15 @@ class LabelMap:
         """
         key = (h, w, kernel_size) if padding == "zeros" else (h, w, kernel_size, padding)
         found = self._patterns.get(key)
+        # Asked once: with graph breaks, what this calls may be compiled where this is not.
+        traced = torch.compiler.is_compiling()
         if found is None:
-            found = Patterns.find(self.resized(h, w), kernel_size, padding)
-            if torch.compiler.is_compiling():
+            found = Patterns.find(self.resized(h, w), kernel_size, traced, padding)
+            if traced:
                 return found
             self._patterns[key] = found
             _mark_dynamic(found)
-        if backward and found.outside is None and not torch.compiler.is_compiling():
+        if backward and found.outside is None and not traced:
             found.add_segments()
             _mark_dynamic(found)
         return found

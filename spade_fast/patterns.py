@@ -35,15 +35,16 @@ class Patterns:
     tap_offsets: Tensor | None = None
 
     @staticmethod
-    def find(codes: Tensor, kernel_size: int, padding: str = "zeros") -> Patterns:
+    def find(codes: Tensor, kernel_size: int, traced: bool = False, padding: str = "zeros") -> Patterns:
         """The patterns of codes [N, h, w] int32. Waits for the device: how many there are decides the sizes.
 
+        traced: in a traced graph, where the counts are not known; they stay empty.
         padding: ``zeros``, or ``reflect``: taps beyond a border are those of the pixels mirrored at it.
         """
         search = _patterns_reflected if padding == "reflect" else ops.patterns
         hidden_ids, hidden_codes, hidden_counts = search(codes, kernel_size)
         ids, taps, counts = search(hidden_ids, kernel_size)
-        if torch.compiler.is_compiling():  # the counts are not known in a traced graph
+        if traced:
             return Patterns(hidden_ids, hidden_codes, ids, taps, (), ())
         return Patterns(hidden_ids, hidden_codes, ids, taps, tuple(hidden_counts.tolist()), tuple(counts.tolist()))
 
