@@ -74,7 +74,7 @@ class LabelMap:
         self.num_classes = num_classes
         self.has_edges = has_edges
         self._resized: dict[tuple[int, int], Tensor] = {}
-        self._patterns: dict[tuple[int, int, int], Patterns] = {}
+        self._patterns: dict[tuple, Patterns] = {}
 
     @classmethod
     def from_codes(cls, codes: Tensor, num_classes: int, has_edges: bool) -> LabelMap:
@@ -162,17 +162,21 @@ class LabelMap:
                 self._resized[h, w] = found
         return found
 
-    def patterns(self, h: int, w: int, kernel_size: int = 3, backward: bool = False) -> Patterns:
+    def patterns(
+        self, h: int, w: int, kernel_size: int = 3, backward: bool = False, padding: str = "zeros"
+    ) -> Patterns:
         """The patterns at h×w for k×k kernels; with what backward needs, if asked. Found once, then kept.
+
+        padding: of the convolutions, ``zeros`` or ``reflect``.
 
         Finding them waits for the device; `build` does it ahead, in a data-loader worker say.
         """
-        key = (h, w, kernel_size)
+        key = (h, w, kernel_size) if padding == "zeros" else (h, w, kernel_size, padding)
         found = self._patterns.get(key)
         # Asked once: with graph breaks, what this calls may be compiled where this is not.
         traced = torch.compiler.is_compiling()
         if found is None:
-            found = Patterns.find(self.resized(h, w), kernel_size, traced)
+            found = Patterns.find(self.resized(h, w), kernel_size, traced, padding)
             if traced:
                 return found
             self._patterns[key] = found

@@ -14,7 +14,8 @@ Found = TypeVar("Found")
 
 
 class _Open(threading.local):
-    known: dict | None = None  # id(tensor) -> (tensor, version, answer); holding the tensor keeps its id its own
+    # (question, id(tensor)) -> (tensor, version, answer); holding the tensor keeps its id its own
+    known: dict | None = None
 
 
 _open = _Open()
@@ -39,7 +40,7 @@ def recognized(tensor: Tensor, find: Callable[[Tensor], Found]) -> Found:
     if known is None:
         return find(tensor)
     version = None if tensor.is_inference() else tensor._version  # an inference tensor has none
-    entry = known.get(id(tensor))
+    entry = known.get((find, id(tensor)))
     if entry is None or entry[1] != version:
-        entry = known[id(tensor)] = (tensor, version, find(tensor))
+        entry = known[find, id(tensor)] = (tensor, version, find(tensor))
     return entry[2]
