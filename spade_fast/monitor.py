@@ -32,7 +32,7 @@ class Monitor:
         self.trainer = trainer
         self.quiet = not trainer.ranks.is_main  # one process shows what happens
         self.tensorboard = self._tensorboard() if trainer.config.tensorboard and not self.quiet else None
-        self.sums: dict[str, float] = {}
+        self.values: dict[str, list[float]] = {}  # of the steps that have them
         self.count = 0
 
     def _tensorboard(self):
@@ -65,13 +65,13 @@ class Monitor:
             return
         t = self.trainer
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.values.setdefault(name, []).append(value)
         self.count += 1
         self.bar.update()
         if t.step % t.config.log_every and t.step != t.total_steps:
             return
         now = time.monotonic()
-        means = {name: value / self.count for name, value in self.sums.items()}
+        means = {name: sum(values) / len(values) for name, values in self.values.items()}
         speed = self.count * t.config.batch_size / max(now - self.since, 1e-9)
         lrs = {f"lr_{name}": o.param_groups[0]["lr"] for name, o in t.training.optimizers.items()}
         record = {"step": t.step, "epoch": t.epoch, "seconds": round(now - self.started, 3)}
@@ -82,4 +82,4 @@ class Monitor:
         if self.tensorboard is not None:
             for name, value in {**means, **lrs, "images_per_second": speed}.items():
                 self.tensorboard.add_scalar(name, value, t.step)
-        self.sums, self.count, self.since = {}, 0, now
+        self.values, self.count, self.since = {}, 0, now
