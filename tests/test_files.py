@@ -40,7 +40,8 @@ def last_line(capsys):
 HOLD = """
 import sys, time
 from spade_fast.run_directory import RunDirectory
-RunDirectory(sys.argv[1]).lock()
+run = RunDirectory(sys.argv[1])
+run.lock()
 print("held", flush=True)
 time.sleep(100)
 """
@@ -280,7 +281,7 @@ def odd_name(tmp_path):
     image = os.fsencode(tmp_path) + b"/img/caf\xe9.jpg"
     with open(image, "wb") as file:
         Image.new("RGB", (64, 64)).save(file, "JPEG")
-    for i in range(3000):
+    for i in range(1500):
         os.link(image, os.fsencode(tmp_path) + b"/img/%d.jpg" % i)
     Image.new("L", (64, 64)).save(tmp_path / "lab/a.png")
     folders = ["--image-dir", tmp_path / "img", "--label-dir", tmp_path / "lab"]
