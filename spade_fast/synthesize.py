@@ -165,7 +165,8 @@ def recall(args: argparse.Namespace) -> None:
     """Fills what the command line leaves open with what the checkpoint was trained on."""
     loaded: Any = safe_load(resolve(args.checkpoint))
     ours = isinstance(loaded, Mapping) and loaded.get("format") == FORMAT  # anything else is load_generator's to refuse
-    known = migrate(loaded.get("training", {}).get("config", {})) if ours else {}
+    training = loaded.get("training") if ours else None
+    known = migrate(training.get("config") or {}) if isinstance(training, Mapping) else {}
     if args.dataset is None and args.label_dir is None:
         args.dataset = known.get("dataset")
     same = args.dataset == known.get("dataset") or args.dataset is None

@@ -90,6 +90,25 @@ def test_tiff_of_few_bits_and_with_white_as_zero_is_read_as_stored(tmp_path, bit
     np.testing.assert_array_equal(read_labels(path), values)
 
 
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(
+    ("kind", "photometric", "words"),
+    [
+        ("f8", 1, "64-bit floating-point, which"),
+        ("f2", 1, "16-bit floating-point, which"),
+        ("i8", 1, "64-bit signed integers, which"),
+        ("u8", 1, "64-bit unsigned integers, which"),
+        ("i1", 0, "8-bit signed integers, white being 0, which"),
+        ("i4", 0, "32-bit signed integers, white being 0, which"),
+    ],
+)
+def test_a_tiff_that_cannot_be_read_is_refused_by_its_pixels(tmp_path, order, kind, photometric, words):
+    path = tiff(tmp_path / "a.tif", IDS.astype(kind), photometric, order)
+    for reader, what in ((read_labels, "label map"), (read_instances, "instance map"), (read_image, "image")):
+        with pytest.raises(DataError, match=rf"a\.tif: cannot read this {what}: it is a TIFF whose pixels are {words}"):
+            reader(path)
+
+
 def test_floating_point_that_is_no_whole_number_is_called_so(tmp_path):
     for value in (0.5, np.nan, np.inf, 1e12):
         with pytest.raises(DataError, match=r"a\.tif: the label map has floating-point pixels"):

@@ -177,7 +177,13 @@ def test_what_an_unreadable_checkpoint_is(tmp_path, kind):
         assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("held", [[1], 3, {}, {"format": "spade_fast.checkpoint/1"}, {"a": "b"}])
+OURS = {"format": "spade_fast.checkpoint/1"}
+
+
+@pytest.mark.parametrize(
+    "held",
+    [[1], 3, {}, {"a": "b"}, OURS, OURS | {"training": None}, OURS | {"training": {"config": None}, "generator": None}],
+)
 def test_a_checkpoint_that_holds_something_else(tmp_path, capsys, held):
     torch.save(held, tmp_path / "a.pth")
     arguments = ["--checkpoint", str(tmp_path / "a.pth"), "--label-dir", "x", "--out", str(tmp_path / "o")]

@@ -8,7 +8,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from . import pnm
 
@@ -27,7 +27,7 @@ _DECODE_ERRORS = (
 _ORIENTATION = 0x0112
 # TIFF tags
 _SUBFILE, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
-_WHITE_IS_ZERO, _SIGNED = 0, 2
+_WHITE_IS_ZERO, _SIGNED, _FLOAT = 0, 2, 3
 
 
 class DataError(ValueError):
@@ -58,9 +58,27 @@ def _open(path: str | os.PathLike, what: str) -> Image.Image:
             f"{path}: cannot read this {what}: {error} If you trust the file, set the environment variable "
             f"{MAX_PIXELS} to the number of its pixels"
         ) from error
+    except UnidentifiedImageError as error:
+        found = _tiff_kind(path) or "it is no image file, or one of an unknown kind"
+        raise DataError(f"{path}: cannot read this {what}: {found}") from error
     except _DECODE_ERRORS as error:
         raise DataError(f"{path}: cannot read this {what}: {type(error).__name__}: {error}") from error
     return image
+
+
+def _tiff_kind(path: str | os.PathLike) -> str | None:
+    """The pixels of a TIFF that Pillow cannot read, in words; None for any other file."""
+    try:
+        with open(path, "rb") as file:
+            tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+            file.seek(tags.next)
+            tags.load(file)
+            bits, sign = tags.get(_BITS, (1,))[0], tags.get(_SAMPLE_FORMAT, (1,))[0]
+            white = ", white being 0" if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else ""
+    except (*_DECODE_ERRORS, KeyError, TypeError, IndexError):
+        return None
+    number = {_SIGNED: "signed integers", _FLOAT: "floating-point"}.get(sign, "unsigned integers")
+    return f"it is a TIFF whose pixels are {bits}-bit {number}{white}, which are not supported; save it as PNG"
 
 
 def _one_picture(image: Image.Image, path: str | os.PathLike, what: str) -> None:
