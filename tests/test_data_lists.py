@@ -44,13 +44,15 @@ ARGUMENTS = "--dataset folder --image-dir img --label-dir lab --num-classes 2 --
         ("x\\a.jpg", ["x/a"]),
         ("photos/b.jpg", ["b"]),
         ("./b", ["b"]),
+        ("b ", ["b "]),
+        (" b  ", ["b"]),
         ("/data/img/y/a.png", ["y/a"]),
         ("two words", ["two words"]),
         ("caf\u00e9", ["cafe\u0301"]),
     ],
 )
 def test_what_a_line_of_a_list_names(make, line, found):
-    opened = make("scene.001", "scene.002", "a", "x/a", "y/a", "b", "two words", "cafe\u0301")
+    opened = make("scene.001", "scene.002", "a", "x/a", "y/a", "b", "b ", "two words", "cafe\u0301")
     with open("list.txt", "w", encoding="utf-8") as file:
         file.write(f"{line}\n")
     assert opened(file_list="list.txt") == [f"lab/{name}.png" for name in sorted(found)]

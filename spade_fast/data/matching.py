@@ -116,7 +116,7 @@ class FileList:
             raise DataError(f"{path}: cannot read the file list: it is not UTF-8 text (UTF-16, or no text at all)")
         # Names on disk that are no UTF-8 are strings of the same kind.
         text = data.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
-        self.lines = [(i, normal(line.strip())) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        self.lines = [(i, normal(line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         if not self.lines:
             raise DataError(f"{path}: the file list names no sample")
 
@@ -137,6 +137,7 @@ class FileList:
             if found:
                 chosen.update(found)
             else:
+                line = line.strip()
                 hint = " (expected one name a line)" if len(line.split()) > 1 or "," in line else ""
                 faults.append(f"{self.path}, line {number}: there is no sample named {line!r}{hint}")
         return chosen, faults
@@ -144,7 +145,8 @@ class FileList:
     @staticmethod
     def _readings(line: str, shorten: Iterable[Callable[[str], str | None]]) -> Iterable[str]:
         """What a line may mean, the likeliest first: a name with dots in it is no name with a suffix."""
-        for path in dict.fromkeys((line, line.replace("\\", "/"))):
+        bare = line.strip()  # a space at an end is rarely part of the name
+        for path in dict.fromkeys((line, bare, bare.replace("\\", "/"))):
             stem, suffix = os.path.splitext(path)
             stems = [path, stem] if suffix.lower() in IMAGE_SUFFIXES | LABEL_SUFFIXES else [path]
             for name in stems:
