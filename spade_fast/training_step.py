@@ -66,9 +66,8 @@ class TrainingStep:
         self.gan_loss = losses.GANLoss(config.gan_mode)
         self.device = ranks.device
         self.amp = amp_dtype(config.amp, self.device)
-        for name, net in nets.items():
-            if name != "generator" or not net.fused:  # which is in the memory order that suits it
-                net.to(memory_format=torch.channels_last)
+        for net in nets.values():
+            net.to(memory_format=torch.channels_last)
         self.generator.checkpoint_blocks = config.checkpoint_blocks
         if config.compile:
             self.generator.compile(fullgraph=True)
