@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spade_fast import ops, reference, sync
+from spade_fast.dense import dense_gamma_beta
 from spade_fast.label_map import LabelMap
 from spade_fast.patterns import Patterns
 from spade_fast.spectral import SpectralConv2d, hold_power_iteration
@@ -131,9 +132,10 @@ class FusedSPADE(nn.Module):
 
     def pixel_params(self, segmap: Tensor, size: tuple[int, int]) -> Tensor:
         """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel, from a dense map [N, label_nc, h, w]."""
-        if tuple(segmap.shape[2:]) != size:
-            segmap = F.interpolate(segmap, size=size, mode="nearest")
-        return self._gamma_beta(self.mlp_shared(segmap.to(self.mlp_shared[0].weight.dtype)))
+        shared, gamma, beta = self.mlp_shared[0], self.mlp_gamma, self.mlp_beta
+        return dense_gamma_beta(
+            segmap, size, shared.weight, shared.bias, gamma.weight, gamma.bias, beta.weight, beta.bias
+        )
 
     def _gamma_beta(self, hidden: Tensor) -> Tensor:
         gamma, beta = self.mlp_gamma, self.mlp_beta
