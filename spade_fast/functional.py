@@ -107,11 +107,11 @@ def gamma_beta(
     """
     shape = reference.segmap_shape(labels)
     found = _parameters(labels, network, tuple(shape[2:]) if size is None else size)
-    if found.patterns is None:
-        gamma, beta = found.values.chunk(2, dim=1)
-        return gamma, beta
-    gamma, beta = F.embedding(found.patterns.ids.to(torch.int64), found.values).permute(0, 3, 1, 2).chunk(2, dim=1)
-    return gamma, beta
+    values = found.values
+    if found.patterns is not None:
+        values = F.embedding(found.patterns.ids.to(torch.int64), values).permute(0, 3, 1, 2)
+    channels = network.gamma_weight.shape[0]
+    return values[:, :channels], values[:, channels:]  # slices, unlike chunks, may be written to under autograd
 
 
 def spade(x: Tensor, labels: LabelMap | Tensor, network: ModulationNetwork, norm: Norm = None) -> Tensor:
