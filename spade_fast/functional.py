@@ -293,14 +293,15 @@ def _instance_norm(values: Tensor, patterns: Patterns | None, eps: float) -> Ten
     """The instance norm of a map given by pixel, or by pattern: statistics are then weighted by the patterns' sizes."""
     if patterns is None:
         return F.instance_norm(values, eps=eps)
-    n, pixels = len(patterns.ids), patterns.ids[0].numel()
+    # In float64: the table is small, and sums over patterns of very different sizes cancel in its gradient.
+    rows, n, pixels = values.to(torch.float64), len(patterns.ids), patterns.ids[0].numel()
     counts = torch.tensor(patterns.counts, device=values.device)
     image = torch.arange(n, device=values.device).repeat_interleave(counts)
-    sizes = torch.bincount(patterns.ids.reshape(-1), minlength=len(values)).to(values.dtype)[:, None] / pixels
-    mean = values.new_zeros(n, values.shape[1]).index_add(0, image, values * sizes)
-    centered = values - mean[image]
-    variance = values.new_zeros(n, values.shape[1]).index_add(0, image, centered.square() * sizes)
-    return centered * torch.rsqrt(variance + eps)[image]
+    sizes = torch.bincount(patterns.ids.reshape(-1), minlength=len(rows)).to(rows.dtype)[:, None] / pixels
+    mean = rows.new_zeros(n, rows.shape[1]).index_add(0, image, rows * sizes)
+    centered = rows - mean[image]
+    variance = rows.new_zeros(n, rows.shape[1]).index_add(0, image, centered.square() * sizes)
+    return (centered * torch.rsqrt(variance + eps)[image]).to(values.dtype)
 
 
 def is_native(norm: Norm) -> bool:

@@ -246,7 +246,7 @@ def _compare(module, fused, x, labels, build, dense: bool) -> tuple[float, float
     difference = max([_relative(got, want), *map(_relative, got_buffers, want_buffers)])
     # A gradient that vanishes in theory, of a bias before a norm say, is measured by the others.
     largest = max((float(g.abs().max()) for g in want_grads if g is not None), default=0.0)
-    floor = largest * (1e-3 if want.dtype == torch.float64 else 0.1)
+    floor = largest * (1e-3 if want.dtype == torch.float64 else 1.0)
     worst = 0.0
     for a, b in zip(got_grads, want_grads, strict=True):
         if a is None and b is None:
