@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from spade_fast import ops
 from spade_fast.patterns import Patterns, nearest_index
 
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -93,28 +94,11 @@ class LabelMap:
         if segmap.dim() != 4:
             raise ValueError(f"segmap must have shape [N, L, H, W], got {list(segmap.shape)}")
         channels = segmap.shape[1]
-        if channels < 1:
+        if channels < 1 or segmap.is_complex():
             return None
-        values = segmap.detach()
-        values = values if values.is_floating_point() else values.to(torch.float32)
-        # Sums of 0/1 values and of channel numbers are exact in float32 (< 2**24); half precision is not enough.
-        binary = ((values == 0) | (values == 1)).all()
-        numbers = torch.arange(channels, device=values.device, dtype=torch.float32)
-        present = values != 0
-        count = present.sum(1, dtype=torch.int32)
-        labels = torch.einsum("nlhw,l->nhw", present.to(torch.float32), numbers).to(torch.int32)
-        last = present[:, -1].to(torch.int32)
-        single = (count <= 1).all()
-        with_edge = (count - last <= 1).all()
-        binary_, single_, with_edge_ = torch.stack([binary, single, with_edge]).tolist()
-        if not binary_:
-            return None
-        if single_:
-            return cls.from_codes(torch.where(count == 1, labels, channels).to(torch.int32), channels, False)
-        if with_edge_ and channels >= 2:
-            labels = torch.where(count - last == 1, labels - last * (channels - 1), channels - 1)
-            return cls.from_codes((labels * 2 + last).to(torch.int32), channels - 1, True)
-        return None
+        codes, kind = ops.recognize(segmap)
+        edges = int(kind) - 1  # of kinds 1 and 2: channels of edges
+        return None if edges < 0 else cls.from_codes(codes, channels - edges, edges == 1)
 
     @property
     def label_nc(self) -> int:
