@@ -155,20 +155,21 @@ def positional_norm(x: Tensor) -> Tensor:
 
 def conditioning(labels: LabelMap | Tensor) -> LabelMap | ConstantsAndLabels | Tensor:
     """What a map stands for: a LabelMap, one behind constant channels, or itself."""
-    if not isinstance(labels, Tensor):
-        return labels
-    return recognized(labels, _find)
-
-
-def _find(labels: Tensor) -> LabelMap | ConstantsAndLabels | Tensor:
     found = layers.recognise(labels)
-    if found is not labels or labels.requires_grad or labels.is_meta or torch.compiler.is_compiling():
+    if found is not labels or isinstance(labels, LabelMap):
         return found
-    if labels.dim() != 4 or labels.numel() == 0 or not labels.is_floating_point():
+    if labels.requires_grad or labels.is_meta or torch.compiler.is_compiling() or not labels.is_floating_point():
         return labels
+    found = recognized(labels, _behind_constants)
+    return labels if found is None else found
+
+
+def _behind_constants(labels: Tensor) -> ConstantsAndLabels | None:
+    if labels.dim() != 4 or labels.numel() == 0:
+        return None
     values = labels.detach()
     if not bool((values[:, :1] == values[:, :1, :1, :1]).all()):
-        return labels
+        return None
     constant = (values == values[:, :, :1, :1]).all(3).all(2).all(0)
     count = int(constant.to(torch.uint8).cummin(0).values.sum())
     # A label that no image or every pixel of an image has is constant too: channels of 0 and 1 are left to the labels.
@@ -177,11 +178,9 @@ def _find(labels: Tensor) -> LabelMap | ConstantsAndLabels | Tensor:
     while count and plain[count - 1]:
         count -= 1
     if count == 0 or count == values.shape[1]:
-        return labels
-    rest = layers.recognise(values[:, count:])
-    if not isinstance(rest, LabelMap) or rest.has_edges:
-        return labels
-    return ConstantsAndLabels(values[:, :count, 0, 0].clone(), rest)
+        return None
+    rest = LabelMap.from_segmap(values[:, count:])
+    return None if rest is None or rest.has_edges else ConstantsAndLabels(first[:, :count].clone(), rest)
 
 
 def _parameters(
