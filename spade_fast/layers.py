@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spade_fast import ops, reference, sync
 from spade_fast.as_built import changed, changed_convolution, changed_norm, torch_only
+from spade_fast.dense import dense_gamma_beta
 from spade_fast.label_map import LabelMap
 from spade_fast.map_scope import recognized
 from spade_fast.patterns import Patterns
@@ -137,7 +138,10 @@ class FusedSPADE(nn.Module):
 
     def pixel_params(self, segmap: Tensor, size: tuple[int, int]) -> Tensor:
         """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel, from a dense map [N, label_nc, h, w]."""
-        return self._gamma_beta(self.mlp_shared(self._resized(segmap, size)))
+        shared, gamma, beta = self.mlp_shared[0], self.mlp_gamma, self.mlp_beta
+        return dense_gamma_beta(
+            segmap, size, shared.weight, shared.bias, gamma.weight, gamma.bias, beta.weight, beta.bias
+        )
 
     def module_params(self, labels: LabelMap | Tensor, size: tuple[int, int]) -> Tensor:
         """The same through the submodules' own forwards."""
@@ -403,13 +407,14 @@ def _update_running(norm: nn.Module, mean: Tensor, variance: Tensor, count: int 
 
 class SPADEResnetBlock(nn.Module):
     """SPADE residual block (paper, Figure 4a): SPADE, LeakyReLU, convolution, twice, and a learned shortcut when the
-    number of channels changes. Convolutions are spectrally normalised.
+    number of channels changes.
 
     Args:
         fin, fout: channels in and out.
         label_nc: channels of the segmentation map.
         norm, kernel_size: see :class:`spade_fast.reference.SPADE`.
         spade: ``fused`` for :class:`FusedSPADE`, ``reference`` for the plain layer.
+        spectral_norm: whether the convolutions are spectrally normalized.
     """
 
     def __init__(
@@ -420,21 +425,22 @@ class SPADEResnetBlock(nn.Module):
         norm: str = "syncbatch",
         kernel_size: int = 3,
         spade: str = "fused",
+        spectral_norm: bool = True,
     ) -> None:
         super().__init__()
         kinds = {"fused": FusedSPADE, "reference": reference.SPADE}
         if spade not in kinds:
             raise ValueError(f"spade must be one of {', '.join(kinds)}, got {spade!r}")
         self.fused = spade == "fused"
-        layer = kinds[spade]
+        layer, convolution = kinds[spade], SpectralConv2d if spectral_norm else nn.Conv2d
         middle = min(fin, fout)
-        self.conv_0 = SpectralConv2d(fin, middle, 3, padding=1)
-        self.conv_1 = SpectralConv2d(middle, fout, 3, padding=1)
+        self.conv_0 = convolution(fin, middle, 3, padding=1)
+        self.conv_1 = convolution(middle, fout, 3, padding=1)
         self.norm_0 = layer(fin, label_nc, norm, kernel_size)
         self.norm_1 = layer(middle, label_nc, norm, kernel_size)
         self.learned_shortcut = fin != fout
         if self.learned_shortcut:
-            self.conv_s = SpectralConv2d(fin, fout, 1, bias=False)
+            self.conv_s = convolution(fin, fout, 1, bias=False)
             self.norm_s = layer(fin, label_nc, norm, kernel_size)
 
     def forward(self, x: Tensor, segmap: LabelMap | Tensor, upsample: int = 1) -> Tensor:
