@@ -113,7 +113,8 @@ class TrainConfig:
     # Schedule
     batch_size: int = _option(32, "images in a step, of all processes together")
     epochs: int | None = _option(50, "passes over the dataset")
-    steps: int | None = _option(None, "generator steps, instead of epochs")
+    steps: int | None = _option(None, "iterations, instead of epochs")
+    d_steps_per_g: int = _option(1, "iterations, each an update of the discriminator, for one update of the generator")
     decay_from: int | None = _option(None, "epoch from which the learning rates fall linearly to 0 (default: never)")
     lr: float = _option(2e-4, "Adam's learning rate; with ttur the generator gets half, the discriminator twice")
     ttur: bool = _option(True, "two time-scale learning rates")
@@ -292,7 +293,7 @@ def _check(c: TrainConfig) -> None:
 
     for name in (
         *("ngf", "ndf", "batch_size", "accumulate", "n_layers_d", "num_d", "save_every", "keep", "log_every"),
-        *("num_samples", "ema_samples"),
+        *("num_samples", "ema_samples", "d_steps_per_g"),
     ):
         need(getattr(c, name) >= 1, name, "at least 1")
     for name in ("lambda_feat", "lambda_vgg", "lambda_kl", "lambda_l1", "workers", "sample_every", "seed"):
@@ -306,6 +307,11 @@ def _check(c: TrainConfig) -> None:
     if c.checkpoint_blocks and (c.compile or c.spade == "reference"):
         other = flag("compile") if c.compile else "--spade reference"
         raise ConfigError(f"{flag('checkpoint_blocks')} does not go with {other}: leave one out")
+    if c.share_fake and c.d_steps_per_g > 1:
+        raise ConfigError(
+            f"{flag('share_fake')} does not go with {flag('d_steps_per_g')} {c.d_steps_per_g}: iterations without a "
+            "generator step have no images to share; leave one out"
+        )
     if c.steps is None and c.epochs is None:
         raise ConfigError(f"one of {flag('steps')} and {flag('epochs')} is needed")
     try:

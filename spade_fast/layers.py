@@ -328,6 +328,8 @@ def recognise(labels: LabelMap | Tensor) -> LabelMap | Tensor:
     """The LabelMap that a one-hot tensor stands for, or labels itself. Inside a `map_scope`, found once a tensor."""
     if not isinstance(labels, Tensor) or labels.requires_grad or labels.is_meta or torch.compiler.is_compiling():
         return labels
+    if type(labels) not in (Tensor, nn.Parameter):  # a fake or distributed tensor has no values to look at
+        return labels
     found = recognized(labels, LabelMap.from_segmap)
     return labels if found is None else found
 

@@ -38,7 +38,7 @@ class Monitor:
         self.bar = None
         self.quiet = not trainer.ranks.is_main  # one process shows what happens
         self.tensorboard = self._tensorboard() if trainer.config.tensorboard and not self.quiet else None
-        self.sums: dict[str, float] = {}
+        self.values: dict[str, list[float]] = {}  # of the steps that have them
         self.count = 0
 
     @contextlib.contextmanager
@@ -90,14 +90,14 @@ class Monitor:
             return
         t = self.trainer
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.values.setdefault(name, []).append(value)
         self.count += 1
         with contextlib.suppress(OSError):  # as in note
             self.bar.update()
         if t.step % t.config.log_every and t.step != t.total_steps:
             return
         now = time.monotonic()
-        means = {name: value / self.count for name, value in self.sums.items()}
+        means = {name: sum(values) / len(values) for name, values in self.values.items()}
         speed = self.count * t.config.batch_size / max(now - self.since, 1e-9)
         lrs = {f"lr_{name}": o.param_groups[0]["lr"] for name, o in t.training.optimizers.items()}
         record = {"step": t.step, "epoch": t.epoch, "seconds": round(now - self.started, 3)}
@@ -107,7 +107,13 @@ class Monitor:
         with contextlib.suppress(OSError):  # as in note
             self.bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in means.items()) + f", {speed:.3g} images/s")
         if self.tensorboard is not None:
+<<<<<<< HEAD
             with self.unless_full("TensorBoard events"):
                 for name, value in {**means, **lrs, "images_per_second": speed}.items():
                     self.tensorboard.add_scalar(name, value, t.step)
         self.sums, self.count, self.since = {}, 0, now
+=======
+            for name, value in {**means, **lrs, "images_per_second": speed}.items():
+                self.tensorboard.add_scalar(name, value, t.step)
+        self.values, self.count, self.since = {}, 0, now
+>>>>>>> trained2

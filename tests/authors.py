@@ -44,7 +44,7 @@ def weights(name: str, network: str | None = None) -> dict[str, Tensor]:
 
 
 def prepared(net: nn.Module, name: str, dtype: torch.dtype, network: str | None = None) -> nn.Module:
-    """The network with the fixture's weights: its parameters have the names, shapes and number that the fixture says."""
+    """The network with the fixture's weights; names, shapes and number of its parameters are the fixture's."""
     described = load(name) if network is None else load(name)["networks"][network]
     assert count_parameters(net) == described["parameters"]
     assert {key: list(value.shape) for key, value in net.state_dict().items()} == dict(described["keys"])
@@ -114,8 +114,8 @@ def check(got: Tensor, want: dict, tolerance: float, what: str = "") -> None:
     pairs = zip(
         [found["mean"], found["std"], *found["value"]], [want["mean"], want["std"], *want["value"]], strict=True
     )
-    worst = max(abs(a - b) for a, b in pairs)
-    assert worst <= tolerance * scale, f"{what}: {worst / scale:.3g} off"
+    for a, b in pairs:  # a NaN fails
+        assert abs(a - b) <= tolerance * scale, f"{what}: {a} is not {b}, {abs(a - b) / scale:.3g} off"
 
 
 def check_sums(got: dict[str, Tensor], want: dict[str, list[float]], tolerance: float, floor: float = 0.0) -> None:
