@@ -107,13 +107,7 @@ class Monitor:
         with contextlib.suppress(OSError):  # as in note
             self.bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in means.items()) + f", {speed:.3g} images/s")
         if self.tensorboard is not None:
-<<<<<<< HEAD
             with self.unless_full("TensorBoard events"):
                 for name, value in {**means, **lrs, "images_per_second": speed}.items():
                     self.tensorboard.add_scalar(name, value, t.step)
-        self.sums, self.count, self.since = {}, 0, now
-=======
-            for name, value in {**means, **lrs, "images_per_second": speed}.items():
-                self.tensorboard.add_scalar(name, value, t.step)
         self.values, self.count, self.since = {}, 0, now
->>>>>>> trained2
