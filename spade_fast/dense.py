@@ -42,6 +42,8 @@ def dense_gamma_beta(
         [N, 2·C, H, W] = [γ | β]. Convolutions pad with k // 2 zeros.
     """
     segmap = segmap.to(shared_weight.dtype)
+    if segmap.device.type == "cpu":  # convolutions of other layouts take longer than this copy
+        segmap = segmap.contiguous(memory_format=torch.channels_last)
     factors = _factors(tuple(segmap.shape[2:]), tuple(size)) if _worth_it(segmap, size) else None
     if factors is not None and _taps(factors, tuple(shared_weight.shape[2:])) <= MOST_TAPS:
         hidden = hidden_of_blocks(segmap, factors, shared_weight, shared_bias, hidden_slope)
@@ -126,7 +128,6 @@ def hidden_of_blocks(
     """
     h, w = segmap.shape[2:]
     axes = [_axis(f, k) for f, k in zip(factors, weight.shape[2:], strict=True)]
-    segmap = segmap.contiguous(memory_format=torch.channels_last)
     parts, places = [], []
     for rows in _by_size(axes[0]):
         for columns in _by_size(axes[1]):
