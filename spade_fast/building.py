@@ -48,13 +48,14 @@ def build_networks(config: TrainConfig, label_nc: int) -> dict[str, nn.Module]:
             norm=config.norm,
             kernel_size=config.kernel_size,
             spade=config.spade,
+            spectral_norm=config.spectral_norm,
         ),
         "discriminator": models.MultiscaleDiscriminator(
-            label_nc, ndf=config.ndf, n_layers=config.n_layers_d, num_d=config.num_d
+            label_nc, ndf=config.ndf, n_layers=config.n_layers_d, num_d=config.num_d, norm=config.norm_d
         ),
     }
     if config.use_vae:
-        nets["encoder"] = models.ConvEncoder(ngf=config.ngf, z_dim=config.z_dim)
+        nets["encoder"] = models.ConvEncoder(ngf=config.ngf, z_dim=config.z_dim, norm=config.norm_e)
     return nets
 
 

@@ -23,6 +23,7 @@ from spade_fast import data
 from spade_fast.losses import GAN_MODES
 from spade_fast.models.generator import UPSAMPLING_LAYERS, start_size
 from spade_fast.models.init import INITS
+from spade_fast.models.norms import CONV_NORMS
 from spade_fast.reference import KERNEL_SIZES, NORMS
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -93,6 +94,9 @@ class TrainConfig:
     use_vae: bool = _option(False, "train an image encoder too, for style from a photo (z_dim 256 unless given)")
     norm: str = _option("syncbatch", "SPADE's parameter-free norm", NORMS)
     kernel_size: int = _option(3, "kernel of SPADE's convolutions", KERNEL_SIZES)
+    spectral_norm: bool = _option(True, "spectral norm in the generator")
+    norm_d: str = _option("spectralinstance", "spectral norm and norm in the discriminator", CONV_NORMS)
+    norm_e: str = _option("spectralinstance", "spectral norm and norm in the encoder", CONV_NORMS)
     spade: str = _option("fused", "SPADE layer; both are the same function", ("fused", "reference"))
     init: str = _option("released", "first weights: as the released networks started, or as the paper says", INITS)
     n_layers_d: int = _option(4, "convolutions in each discriminator before the last")
@@ -156,11 +160,12 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 RESUME_FIXED = (
     *("dataset", "num_classes", "ignore_value", "shift_labels", "use_edges", "crop_size", "aspect_ratio"),
     *("synthetic_size", "ngf", "ndf", "num_upsampling_layers", "z_dim", "use_vae", "norm", "kernel_size"),
-    *("init", "n_layers_d", "num_d", "batch_size", "seed"),
+    *("spectral_norm", "norm_d", "norm_e", "init", "n_layers_d", "num_d", "batch_size", "seed"),
 )
 
 
-BEFORE_INIT = {"init": "glorot"}  # how a run started whose configuration is older than the option
+# What a run did whose configuration is older than the option.
+BEFORE_INIT = {"init": "glorot", "spectral_norm": True, "norm_d": "spectralinstance", "norm_e": "spectralinstance"}
 
 
 def flag(name: str) -> str:

@@ -407,13 +407,14 @@ def _update_running(norm: nn.Module, mean: Tensor, variance: Tensor, count: int 
 
 class SPADEResnetBlock(nn.Module):
     """SPADE residual block (paper, Figure 4a): SPADE, LeakyReLU, convolution, twice, and a learned shortcut when the
-    number of channels changes. Convolutions are spectrally normalised.
+    number of channels changes.
 
     Args:
         fin, fout: channels in and out.
         label_nc: channels of the segmentation map.
         norm, kernel_size: see :class:`spade_fast.reference.SPADE`.
         spade: ``fused`` for :class:`FusedSPADE`, ``reference`` for the plain layer.
+        spectral_norm: whether the convolutions are spectrally normalized.
     """
 
     def __init__(
@@ -424,21 +425,22 @@ class SPADEResnetBlock(nn.Module):
         norm: str = "syncbatch",
         kernel_size: int = 3,
         spade: str = "fused",
+        spectral_norm: bool = True,
     ) -> None:
         super().__init__()
         kinds = {"fused": FusedSPADE, "reference": reference.SPADE}
         if spade not in kinds:
             raise ValueError(f"spade must be one of {', '.join(kinds)}, got {spade!r}")
         self.fused = spade == "fused"
-        layer = kinds[spade]
+        layer, convolution = kinds[spade], SpectralConv2d if spectral_norm else nn.Conv2d
         middle = min(fin, fout)
-        self.conv_0 = SpectralConv2d(fin, middle, 3, padding=1)
-        self.conv_1 = SpectralConv2d(middle, fout, 3, padding=1)
+        self.conv_0 = convolution(fin, middle, 3, padding=1)
+        self.conv_1 = convolution(middle, fout, 3, padding=1)
         self.norm_0 = layer(fin, label_nc, norm, kernel_size)
         self.norm_1 = layer(middle, label_nc, norm, kernel_size)
         self.learned_shortcut = fin != fout
         if self.learned_shortcut:
-            self.conv_s = SpectralConv2d(fin, fout, 1, bias=False)
+            self.conv_s = convolution(fin, fout, 1, bias=False)
             self.norm_s = layer(fin, label_nc, norm, kernel_size)
 
     def forward(self, x: Tensor, segmap: LabelMap | Tensor, upsample: int = 1) -> Tensor:

@@ -11,14 +11,15 @@ from torch.autograd.function import once_differentiable
 from spade_fast.ops.library import accumulation_dtype
 
 VGG_LAYER_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
-GAN_MODES = ("hinge", "lsgan", "original")
+GAN_MODES = ("hinge", "lsgan", "original", "w")
 
 
 class GANLoss:
     """Adversarial loss, averaged over the scales of a multi-scale discriminator.
 
     Args:
-        mode: ``hinge`` (Geometric GAN), ``lsgan`` (least squares) or ``original`` (binary cross-entropy on logits).
+        mode: ``hinge`` (Geometric GAN), ``lsgan`` (least squares), ``original`` (binary cross-entropy on logits) or
+            ``w`` (Wasserstein; the critic's Lipschitz bound is spectral norm's, there is no gradient penalty).
 
     Predictions are a list over scales, each a tensor of any shape or a list of features with the prediction last.
     """
@@ -34,13 +35,15 @@ class GANLoss:
 
     def generator(self, predictions: list) -> Tensor:
         """Loss of the generator on predictions for its images."""
-        if self.mode == "hinge":
+        if self.mode in ("hinge", "w"):
             return self._mean(predictions, lambda p: -p.mean())
         return self._mean(predictions, lambda p: self._distance(p, True))
 
     def _distance(self, prediction: Tensor, target_is_real: bool) -> Tensor:
         if self.mode == "hinge":
             return F.relu(1 - prediction if target_is_real else 1 + prediction).mean()
+        if self.mode == "w":
+            return -prediction.mean() if target_is_real else prediction.mean()
         target = torch.full_like(prediction, float(target_is_real))
         if self.mode == "lsgan":
             return F.mse_loss(prediction, target)

@@ -129,7 +129,7 @@ def test_every_field_is_an_option_on_the_command_line():
         ({"ngf": True}, r"ngf must be int, got True"),
         ({"ttur": 1}, r"ttur must be bool, got 1"),
         ({"z_dim": "8"}, r"z_dim must be int or null, got '8'"),
-        ({"gan_mode": "wgan"}, r"gan_mode must be one of hinge, lsgan, original, got 'wgan'"),
+        ({"gan_mode": "wgan"}, r"gan_mode must be one of hinge, lsgan, original, w, got 'wgan'"),
         ([1], r"must hold one JSON object, got list"),
     ],
 )

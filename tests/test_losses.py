@@ -41,7 +41,7 @@ def test_gan_losses(mode, real, fake, generator):
 
 
 def test_unknown_gan_mode():
-    with pytest.raises(ValueError, match="gan mode must be one of hinge, lsgan, original, got 'wgan'"):
+    with pytest.raises(ValueError, match="gan mode must be one of hinge, lsgan, original, w, got 'wgan'"):
         GANLoss("wgan")
 
 

@@ -5,6 +5,7 @@ from spade_fast.models.discriminator import MultiscaleDiscriminator
 from spade_fast.models.encoder import ConvEncoder, reparameterize
 from spade_fast.models.generator import SPADEGenerator
 from spade_fast.models.init import INITS, count_parameters, init_weights
+from spade_fast.models.norms import norm_g_options
 from spade_fast.models.vgg import VGG19Features, VGGWeightsError, load_vgg19
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "count_parameters",
     "init_weights",
     "load_vgg19",
+    "norm_g_options",
     "reparameterize",
 ]

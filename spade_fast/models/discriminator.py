@@ -11,14 +11,14 @@ from spade_fast import ops
 from spade_fast.as_built import changed, changed_convolution, torch_only
 from spade_fast.label_map import LabelMap
 from spade_fast.layers import SLOPE
+from spade_fast.models.norms import normalized_conv
 from spade_fast.reference import segmap_shape
-from spade_fast.spectral import SpectralConv2d
 
 
 class PatchDiscriminator(nn.Module):
-    """4×4 convolutions, stride 2 but for the last two; InstanceNorm and spectral norm but for the first and last."""
+    """4×4 convolutions, stride 2 but for the last two, normalized but for the first and last."""
 
-    def __init__(self, input_nc: int, ndf: int, n_layers: int) -> None:
+    def __init__(self, input_nc: int, ndf: int, n_layers: int, norm: str) -> None:
         super().__init__()
         self.n_layers = n_layers
         self.model0 = nn.Sequential(nn.Conv2d(input_nc, ndf, 4, stride=2, padding=2), nn.LeakyReLU(SLOPE))
@@ -26,8 +26,7 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, n_layers):
             fin, width = width, min(2 * width, 512)
             stride = 1 if i == n_layers - 1 else 2
-            conv = SpectralConv2d(fin, width, 4, stride=stride, padding=2, bias=False)
-            layer = nn.Sequential(conv, nn.InstanceNorm2d(width))
+            layer = normalized_conv(fin, width, 4, stride, 2, norm)
             self.add_module(f"model{i}", nn.Sequential(layer, nn.LeakyReLU(SLOPE)))
         self.add_module(f"model{n_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, stride=1, padding=2)))
 
@@ -83,25 +82,42 @@ class MultiscaleDiscriminator(nn.Module):
         ndf: channels of the first layer.
         n_layers: layers of each discriminator before its prediction.
         num_d: number of scales.
+        norm: the authors' norm_D: ``instance``, ``batch``, ``syncbatch`` or ``none``, after ``spectral`` where
+            convolutions are spectrally normalized. ``syncbatch`` is batch normalization; across processes convert the
+            network with ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
+
+    Raises:
+        ValueError: norm is unknown.
     """
 
-    def __init__(self, label_nc: int, image_nc: int = 3, ndf: int = 64, n_layers: int = 4, num_d: int = 2) -> None:
+    def __init__(
+        self,
+        label_nc: int,
+        image_nc: int = 3,
+        ndf: int = 64,
+        n_layers: int = 4,
+        num_d: int = 2,
+        norm: str = "spectralinstance",
+    ) -> None:
         super().__init__()
-        self.options = dict(label_nc=label_nc, image_nc=image_nc, ndf=ndf, n_layers=n_layers, num_d=num_d)
+        self.options = dict(label_nc=label_nc, image_nc=image_nc, ndf=ndf, n_layers=n_layers, num_d=num_d, norm=norm)
         for i in range(num_d):
-            self.add_module(f"discriminator_{i}", PatchDiscriminator(label_nc + image_nc, ndf, n_layers))
+            self.add_module(f"discriminator_{i}", PatchDiscriminator(label_nc + image_nc, ndf, n_layers, norm))
 
-    def forward(self, segmap, image: Tensor) -> list[list[Tensor]]:
+    def forward(self, segmap, image: Tensor | None = None) -> list[list[Tensor]]:
         """Features of every scale.
 
         Args:
-            segmap: LabelMap or tensor [N, label_nc, H, W].
+            segmap: LabelMap or tensor [N, label_nc, H, W]; without an image, map and image in one tensor
+                [N, label_nc + image_nc, H, W], as the authors' trainer passes them.
             image: [M·N, image_nc, H, W]; sample i is conditioned on segmap i % N (fake then real: M = 2), so both go
                 through in one batch.
 
         Returns:
             For each scale a list of features [M·N, …], the prediction last.
         """
+        if image is None:
+            segmap, image = self._parted(segmap)
         if isinstance(segmap, Tensor):
             segmap = segmap.to(image.dtype)
         elif torch_only():
@@ -110,8 +126,9 @@ class MultiscaleDiscriminator(nn.Module):
         if label_nc != self.options["label_nc"]:
             want = self.options["label_nc"]
             raise ValueError(f"segmap must have {want} channels (label_nc={want}), got {label_nc}")
-        if image.ndim != 4 or image.shape[0] % n or list(image.shape[2:]) != size:
-            want = f"[M·{n}, {self.options['image_nc']}, {size[0]}, {size[1]}]"
+        image_nc = self.options["image_nc"]
+        if image.ndim != 4 or image.shape[0] % n or list(image.shape[1:]) != [image_nc, *size]:
+            want = f"[M·{n}, {image_nc}, {size[0]}, {size[1]}]"
             raise ValueError(f"image must have shape {want} to match segmap, got {list(image.shape)}")
         features = []
         for i in range(self.options["num_d"]):
@@ -123,6 +140,17 @@ class MultiscaleDiscriminator(nn.Module):
                     segmap = _half(segmap)
             features.append(getattr(self, f"discriminator_{i}")(segmap, image, pooled=i == 1))
         return features
+
+    def _parted(self, joined: LabelMap | Tensor) -> tuple[Tensor, Tensor]:
+        """(segmap, image) of one tensor with the channels of both."""
+        label_nc, image_nc = self.options["label_nc"], self.options["image_nc"]
+        shape = list(segmap_shape(joined))
+        if not isinstance(joined, Tensor) or len(shape) != 4 or shape[1] != label_nc + image_nc:
+            raise ValueError(
+                f"without an image, segmap must be one tensor [N, {label_nc + image_nc}, H, W] of map and image "
+                f"(label_nc={label_nc} + image_nc={image_nc} channels), got a {type(joined).__name__} {shape}"
+            )
+        return joined[:, :label_nc], joined[:, label_nc:]
 
 
 def _joined(labels: LabelMap | Tensor, image: Tensor, pooled: bool) -> Tensor:

@@ -8,26 +8,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spade_fast.layers import SLOPE
-from spade_fast.spectral import SpectralConv2d
+from spade_fast.models.norms import normalized_conv
 
 INPUT_SIZE = 256
 
 
 class ConvEncoder(nn.Module):
-    """Six stride-2 convolutions (ngf, 2·, 4·, 8·, 8·, 8·ngf) with InstanceNorm, and linear mean and log-variance.
+    """Six normalized stride-2 convolutions (ngf, 2·, 4·, 8·, 8·, 8·ngf), and linear mean and log-variance.
 
     Args:
         ngf: channels of the first layer.
         z_dim: size of the latent code.
+        norm: the authors' norm_E, as that of :class:`MultiscaleDiscriminator`.
+
+    Raises:
+        ValueError: norm is unknown.
     """
 
-    def __init__(self, ngf: int = 64, z_dim: int = 256) -> None:
+    def __init__(self, ngf: int = 64, z_dim: int = 256, norm: str = "spectralinstance") -> None:
         super().__init__()
-        self.options = dict(ngf=ngf, z_dim=z_dim)
+        self.options = dict(ngf=ngf, z_dim=z_dim, norm=norm)
         widths = [3, ngf, 2 * ngf, 4 * ngf, 8 * ngf, 8 * ngf, 8 * ngf]
         for i in range(1, 7):
-            conv = SpectralConv2d(widths[i - 1], widths[i], 3, stride=2, padding=1, bias=False)
-            self.add_module(f"layer{i}", nn.Sequential(conv, nn.InstanceNorm2d(widths[i])))
+            self.add_module(f"layer{i}", normalized_conv(widths[i - 1], widths[i], 3, 2, 1, norm))
         side = INPUT_SIZE // 2**6
         self.fc_mu = nn.Linear(widths[-1] * side * side, z_dim)
         self.fc_var = nn.Linear(widths[-1] * side * side, z_dim)

@@ -54,8 +54,10 @@ class SPADEGenerator(nn.Module):
         num_upsampling_layers: ``normal`` (5 doublings), ``more`` (6) or ``most`` (7, with one more block).
         z_dim: size of the latent code; None starts from the map, downsampled by nearest neighbour.
         norm, kernel_size: see :class:`spade_fast.reference.SPADE`.
-        spade: ``fused`` (patterns of labels) or ``reference`` (the plain layers): the same
-            function and the same parameter names.
+        spectral_norm: whether the blocks' convolutions are spectrally normalized. A norm_G of the authors' code is
+            ``**norm_g_options(norm_G)``.
+        spade: ``fused`` (patterns of labels) or ``reference`` (the plain layers): the same function and the same
+            parameter names.
 
     Raises:
         ValueError: an option out of range, named.
@@ -72,6 +74,7 @@ class SPADEGenerator(nn.Module):
         norm: str = "syncbatch",
         kernel_size: int = 3,
         spade: str = "fused",
+        spectral_norm: bool = True,
     ) -> None:
         super().__init__()
         self.fused = spade == "fused"
@@ -85,12 +88,13 @@ class SPADEGenerator(nn.Module):
             z_dim=z_dim,
             norm=norm,
             kernel_size=kernel_size,
+            spectral_norm=spectral_norm,
         )
         self.start = start_size(crop_size, aspect_ratio, num_upsampling_layers)
         self.z_dim = z_dim
 
         def block(fin: int, fout: int) -> SPADEResnetBlock:
-            return SPADEResnetBlock(fin, fout, label_nc, norm, kernel_size, spade)
+            return SPADEResnetBlock(fin, fout, label_nc, norm, kernel_size, spade, spectral_norm)
 
         if z_dim is None:
             self.fc = nn.Conv2d(label_nc, 16 * ngf, 3, padding=1)
