@@ -454,3 +454,11 @@ def test_spectral_norm_can_be_removed():
         assert not any("weight_orig" in name or "weight_u" in name for name in net.state_dict())
         torch.testing.assert_close(net(labels), expected, rtol=1e-10, atol=1e-10)
         copy.deepcopy(net)(labels)
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    plain, fused = pair()
+    safetensors.save_file(fused.state_dict(), tmp_path / "layer.safetensors")
+    state = safetensors.load_file(tmp_path / "layer.safetensors")
+    assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
