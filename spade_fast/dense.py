@@ -92,7 +92,7 @@ def _factors(small: tuple[int, int], large: tuple[int, int]) -> tuple[int, int] 
     """How many times larger each axis is, if nearest neighbour makes blocks of equal size; else None."""
     for s, to in zip(small, large, strict=True):
         # Its index is a rounded product: not every whole factor gives equal blocks.
-        if to % s or not torch.equal(nearest_index(s, to, torch.device("cpu")), torch.arange(to) // (to // s)):
+        if to % s or nearest_index(s, to).tolist() != [i // (to // s) for i in range(to)]:
             return None
     return large[0] // small[0], large[1] // small[1]
 
@@ -154,7 +154,7 @@ def _by_size(axis: Axis) -> list[Axis]:
 def _collapse(weight: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """[kinds of rows · kinds of columns · hidden, L, blocks, blocks]: the taps on each block added up."""
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    y, x = (torch.tensor([kind[1] for kind, _, _ in axis], dtype=exact.dtype) for axis in (rows, columns))
+    y, x = (exact.new_tensor([kind[1] for kind, _, _ in axis]) for axis in (rows, columns))
     with torch.autocast("cpu", enabled=False):  # sums of weights, before they are rounded
         joined = torch.einsum("oiyx,ray,cbx->rcoabi", exact, y, x)
     return joined.flatten(0, 2).permute(0, 3, 1, 2).to(weight.dtype)
