@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spade_fast import ops, reference, sync
 from spade_fast.as_built import changed, changed_convolution, changed_norm, torch_only
+from spade_fast.dense import dense_gamma_beta
 from spade_fast.label_map import LabelMap
 from spade_fast.map_scope import recognized
 from spade_fast.patterns import Patterns
@@ -137,7 +138,10 @@ class FusedSPADE(nn.Module):
 
     def pixel_params(self, segmap: Tensor, size: tuple[int, int]) -> Tensor:
         """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel, from a dense map [N, label_nc, h, w]."""
-        return self._gamma_beta(self.mlp_shared(self._resized(segmap, size)))
+        shared, gamma, beta = self.mlp_shared[0], self.mlp_gamma, self.mlp_beta
+        return dense_gamma_beta(
+            segmap, size, shared.weight, shared.bias, gamma.weight, gamma.bias, beta.weight, beta.bias
+        )
 
     def module_params(self, labels: LabelMap | Tensor, size: tuple[int, int]) -> Tensor:
         """The same through the submodules' own forwards."""

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -220,5 +222,11 @@ def test_a_scope_remembers_by_tensor_question_and_version():
         assert recognized(a.clone(), find) != first
         a.add_(1)
         assert recognized(a, find) != first
+        for size in range(1, 50):  # a dead tensor's id may soon be another's
+            short = torch.zeros(size)
+            assert recognized(short, torch.Tensor.numel) == size
+            alive = weakref.ref(short)
+            del short
+            assert alive() is None  # the scope does not keep maps
     with map_scope():
         assert recognized(a, find) == len(asked)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from standins import STANDINS
 from torch import nn
+from torch.nn.utils import prune
 
 from spade_fast import fuse, unfuse
 from spade_fast.fusion.forward import FusedForward
@@ -216,6 +217,55 @@ def test_weights_of_this_moment_are_used_however_they_are_written():
         write(model), write(original)
         assert ran_fused(model, x, labels)
         torch.testing.assert_close(model(x, labels), original(x, labels), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        nn.utils.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        lambda conv: prune.l1_unstructured(conv, "weight", 0.3),
+    ],
+    ids=["spectral", "weight", "parametrized spectral", "parametrized weight", "pruned"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weights_made_by_hooks_and_parametrizations_are_made_once_a_forward(make):
+    model, x, labels = plain()
+    for conv in (model.mlp_shared[0], model.mlp_gamma, model.mlp_beta):
+        make(conv)
+    state = copy.deepcopy(model.state_dict())
+
+    def steps():
+        model.load_state_dict(state)
+        outs = []
+        for training in (True, True, False):
+            model.train(training)
+            model.zero_grad()
+            out = model(x, labels)
+            out.square().sum().backward()
+            outs.append((out.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+        return outs, copy.deepcopy(model.state_dict())
+
+    want = steps()
+    assert fuse(model).fused
+    torch.testing.assert_close(steps(), want, rtol=1e-8, atol=1e-8)
+
+
+def test_second_derivatives_are_those_of_the_module():
+    model, x, labels = plain()
+
+    def penalty():
+        x_ = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x_, labels).square().sum(), x_, create_graph=True)
+        model.zero_grad()
+        gradient.square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()], x_.grad
+
+    want = penalty()
+    assert fuse(model).fused
+    torch.testing.assert_close(penalty(), want, rtol=1e-9, atol=1e-9)
 
 
 def test_nothing_of_the_model_changes_but_the_forward():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -133,8 +134,13 @@ def _example(module: nn.Module, structure, call: tuple | None, adapter: Adapter 
             raise NotUnderstood("has an adapter, but no example that calls it")
         return None
     args, kwargs = call
+    if kwargs:
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        if bound.kwargs:  # of keywords alone
+            return None
+        args = bound.args[1:]
     if adapter is not None:
-        x, labels = adapter(*args, **kwargs)
+        x, labels = adapter(*args)
     elif structure.only_map:
         x, labels = None, args[0] if args else None
     else:

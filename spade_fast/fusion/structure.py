@@ -238,6 +238,8 @@ def _norms(module: nn.Module, holders: set[str]) -> tuple[list[nn.Module], list[
                 norms.append(child)
             continue
         for path, part in child.named_modules(prefix=name):
+            if ".parametrizations." in path:  # run when a convolution's weight is read
+                continue
             leaf = not any(True for _ in part.children())
             if "parametrizations" in path.split("."):  # computes a weight
                 continue
