@@ -118,7 +118,7 @@ def gamma_beta(
     values = found.values
     if found.patterns is not None:
         values = F.embedding(found.patterns.ids.to(torch.int64), values).permute(0, 3, 1, 2)
-    channels = network.gamma_weight.shape[0]
+    channels = network.channels
     return values[:, :channels], values[:, channels:]  # slices, unlike chunks, may be written to under autograd
 
 
