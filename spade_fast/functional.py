@@ -30,6 +30,8 @@ class ModulationNetwork:
     gamma_offset: 1 in the paper.
     padding: ``zeros`` or ``reflect``, of all convolutions, by k // 2.
     instance_eps: if given, gamma and beta each pass an instance norm without parameters first.
+    gamma_out, beta_out: (weight [C', C, 1, 1], bias [C'] or None) of a 1×1 convolution of gamma and of beta after all
+        that; C' is then the channels of x.
     """
 
     shared_weight: Tensor
@@ -42,6 +44,8 @@ class ModulationNetwork:
     gamma_offset: float = 1.0
     padding: str = "zeros"
     instance_eps: float | None = None
+    gamma_out: tuple[Tensor, Tensor | None] | None = None
+    beta_out: tuple[Tensor, Tensor | None] | None = None
 
     def __post_init__(self) -> None:
         if self.padding not in ("zeros", "reflect"):
@@ -66,6 +70,10 @@ class ModulationNetwork:
     @property
     def kernel_size(self) -> int:
         return self.shared_weight.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        return (self.gamma_weight if self.gamma_out is None else self.gamma_out[0]).shape[0]
 
     @property
     def label_nc(self) -> int:
@@ -110,7 +118,7 @@ def gamma_beta(
     values = found.values
     if found.patterns is not None:
         values = F.embedding(found.patterns.ids.to(torch.int64), values).permute(0, 3, 1, 2)
-    channels = network.gamma_weight.shape[0]
+    channels = network.channels
     return values[:, :channels], values[:, channels:]  # slices, unlike chunks, may be written to under autograd
 
 
@@ -132,7 +140,7 @@ def spade(x: Tensor, labels: LabelMap | Tensor, network: ModulationNetwork, norm
     Raises:
         ValueError: labels or x that do not fit the network; an unknown norm.
     """
-    channels = network.gamma_weight.shape[0]
+    channels = network.channels
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"x must have shape [N, {channels}, H, W], got {list(x.shape)}")
     if len(labels) != len(x):
@@ -212,7 +220,8 @@ def _parameters(
         found = found.to(network.shared_weight.dtype)
         hidden = _activate(_convolve(found, network.shared_weight, network.shared_bias, reflect), network.hidden_slope)
     gamma_bias = network.gamma_bias
-    if gamma_shift and network.instance_eps is None:
+    last = network.instance_eps is None and network.gamma_out is None
+    if gamma_shift and last:
         gamma_bias = _bias(network.gamma_weight, gamma_bias) + gamma_shift
     if patterns is None:
         values = _by_pixel(hidden, network, gamma_bias, reflect)
@@ -229,10 +238,18 @@ def _parameters(
         )
     if network.instance_eps is not None:
         values = _instance_norm(values, patterns, network.instance_eps)
-        if gamma_shift:
-            gamma, beta = values.chunk(2, dim=1)
-            values = torch.cat([gamma + gamma_shift, beta], dim=1)
+    if network.gamma_out is not None:
+        halves = zip(values.chunk(2, dim=1), (network.gamma_out, network.beta_out), strict=True)
+        values = torch.cat([_mix(half, *out) for half, out in halves], dim=1)
+    if gamma_shift and not last:
+        gamma, beta = values.chunk(2, dim=1)
+        values = torch.cat([gamma + gamma_shift, beta], dim=1)
     return _Parameters(values, patterns)
+
+
+def _mix(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1×1 convolution of values by pattern [P, C], or by pixel [N, C, H, W]."""
+    return F.conv2d(values, weight, bias) if values.dim() == 4 else F.linear(values, weight.flatten(1), bias)
 
 
 def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:
