@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spade_fast import FusedSPADE, LabelMap, ops
 from spade_fast.patterns import Patterns
@@ -22,22 +22,11 @@ class ClassLabels(LabelMap):
         return found
 
 
-class ClassTableSPADE(FusedSPADE):
-    """A FusedSPADE whose parameters are a table [codes, 2·norm_nc] instead of two convolutions."""
-
-    def __init__(self, like: FusedSPADE) -> None:
-        super().__init__(like.norm_nc, like.label_nc, like.norm, like.kernel_size)
-        del self.mlp_shared, self.mlp_gamma, self.mlp_beta
-        self.table = nn.Parameter(0.1 * torch.randn(2 * like.label_nc, 2 * like.norm_nc))
-
-    def pattern_params(self, patterns: Patterns, edges: bool) -> Tensor:
-        return self.table
-
-
 def replace_spade(net: nn.Module) -> nn.Module:
-    """Every FusedSPADE of a network by its class table, in place. It takes :class:`ClassLabels`."""
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if type(child) is FusedSPADE:
-                setattr(module, name, ClassTableSPADE(child))
+    """Every FusedSPADE of a network takes its parameters from a class table [codes, 2·norm_nc] instead of from two
+    convolutions, in place. It takes :class:`ClassLabels`."""
+    for layer in net.modules():
+        if type(layer) is FusedSPADE:
+            layer.table = nn.Parameter(0.1 * torch.randn(2 * layer.label_nc, 2 * layer.norm_nc))
+            layer.pattern_params = lambda patterns, edges, layer=layer: layer.table
     return net

@@ -138,6 +138,17 @@ def all_patterns(labels: LabelMap) -> tuple[Callable, int]:
     return find, nbytes(*codes, *find())
 
 
+def recognize_cases(labels: LabelMap) -> dict[str, tuple[Callable, int]]:
+    """The one-hot tensor of the map, in both layouts."""
+    one_hot = labels.one_hot()
+
+    def case(segmap: Tensor) -> tuple[Callable, int]:
+        return lambda: list(torch.ops.spade_fast.recognize(segmap)), nbytes(segmap, labels.codes)
+
+    last = one_hot.contiguous(memory_format=torch.channels_last)
+    return {"recognize": case(one_hot), "recognize, channels-last": case(last)}
+
+
 def kernels_of(call: Callable) -> dict[str, dict]:
     """Kernel name -> launches and microseconds on the GPU in one call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -159,6 +170,7 @@ def measure(options: argparse.Namespace) -> dict:
         work = cases(labels, channels, size, dtype)
         if (channels, size) == options.layers[0]:
             work["patterns, six resolutions"] = all_patterns(labels)
+            work |= recognize_cases(labels)
         for op, (call, floor_bytes) in work.items():
             with backend.use("torch"):
                 expected = call()

@@ -8,6 +8,7 @@
   "float[] slopes, int upsample, bool stats) -> Tensor[]"
 
 TORCH_LIBRARY(spade_fast_native, m) {
+  m.def("recognize(Tensor segmap) -> (Tensor, Tensor)");
   m.def("patterns(Tensor codes, int kernel_size) -> (Tensor, Tensor, Tensor)");
   m.def("segments(Tensor ids, int num) -> (Tensor, Tensor)");
   m.def("embedding_sum(Tensor table, Tensor? bias, Tensor codes, bool edges, bool relu) -> Tensor");

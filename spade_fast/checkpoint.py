@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spade_fast.files import load_tensors, writing
 from spade_fast.models import ConvEncoder, SPADEGenerator
+from spade_fast.models.norms import SPECTRAL
 from spade_fast.spectral import EPS
 
 FORMAT = "spade_fast.checkpoint/1"
 WEIGHTS = ("auto", "ema", "last")
+CITYSCAPES_LABELS = (35, 36)  # channels of its label map, without and with instance edges
 RELEASED = "released: COCO-Stuff, ADE20K crop_size=256, 'normal'; Cityscapes crop_size=512, aspect_ratio=2, 'more'"
 
 
@@ -24,23 +29,59 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing, unreadable, or does not say enough."""
 
 
+class _Recording:
+    """A file that keeps the system's error, which torch.save replaces by one of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def atomic_save(obj: object, path: str | Path) -> None:
-    """torch.save that leaves either the old file or the complete new one, also after a crash or a power cut."""
+    """torch.save that leaves either the old file or the complete new one, also after a crash or a power cut.
+
+    Raises:
+        WriteError: the file can't be written; the old one is as it was.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                recording = _Recording(file)
+                try:
+                    torch.save(obj, recording)
+                except Exception:
+                    if recording.error is not None:
+                        raise recording.error from None
+                    raise
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what saves that were killed left half-written. Only for the one process that saves there."""
+    for path in directory.glob(".checkpoint_*.pt.*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def safe_load(path: str | Path) -> object:
@@ -50,11 +91,11 @@ def safe_load(path: str | Path) -> object:
         CheckpointError: the file is missing, truncated or not a plain checkpoint.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_tensors(path)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
-    except Exception as error:  # torch raises many types for broken files
-        raise CheckpointError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -75,7 +116,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
         CheckpointError: neither is there.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         found = list_checkpoints(path)
         if not found:
@@ -118,7 +159,8 @@ def _infer_generator_options(state: Mapping[str, Tensor], overrides: dict, path:
     """Constructor options of a bare generator state dict; what the tensors cannot tell must be in overrides."""
     try:
         shared = state["head_0.norm_0.mlp_shared.0.weight"]
-        width = state["head_0.conv_0.weight_orig"].shape[0]
+        spectral_norm = _spectral_norm(state, r"\w+\.conv_[01s]", path)
+        width = state[f"head_0.conv_0.weight{'_orig' if spectral_norm else ''}"].shape[0]
         fc = state["fc.weight"]
     except KeyError as error:
         raise CheckpointError(f"{path} is not a SPADE generator's state dict: {error.args[0]} is missing") from None
@@ -127,8 +169,11 @@ def _infer_generator_options(state: Mapping[str, Tensor], overrides: dict, path:
         ngf=width // 16,
         kernel_size=shared.shape[2],
         z_dim=None if fc.ndim == 4 else fc.shape[1],
+        spectral_norm=spectral_norm,
     )
     unknown = {"crop_size": "the width of the images it was trained on"}
+    if options["label_nc"] in CITYSCAPES_LABELS:
+        unknown["aspect_ratio"] = "width / height; its labels look like Cityscapes', which is 2"
     if "head_0.norm_0.param_free_norm.running_mean" in state:
         options["norm"] = "syncbatch"
     else:
@@ -145,6 +190,25 @@ def _infer_generator_options(state: Mapping[str, Tensor], overrides: dict, path:
             f"({RELEASED})"
         )
     return options
+
+
+def _spectral_norm(state: Mapping[str, Tensor], convolution: str, path: Path) -> bool:
+    """Whether the convolutions whose names match are spectrally normalized: all, or none (also where there are none).
+
+    Raises:
+        CheckpointError: some are and some are not.
+    """
+    kinds: dict[bool, str] = {}
+    for name in state:
+        found = re.fullmatch(rf"({convolution})\.weight(_orig)?", name)
+        if found is not None and (found[2] or name + "_orig" not in state):  # old files hold the divided weight too
+            kinds.setdefault(found[2] is not None, name)
+    if len(kinds) == 2:
+        raise CheckpointError(
+            f"{path} mixes convolutions with spectral norm ({kinds[True]}) and without ({kinds[False]}): it must be in "
+            "all or in none"
+        )
+    return kinds.get(True) is not None
 
 
 def _load_strictly(net: torch.nn.Module, state: Mapping[str, Tensor], path: Path, options: dict) -> None:
@@ -166,7 +230,8 @@ def load_generator(path: str | Path, weights: str = "auto", **overrides) -> SPAD
         weights: ``ema`` for the moving average, ``last`` for the weights as trained last; ``auto`` takes the average
             where the checkpoint has one.
         overrides: options of :class:`SPADEGenerator`; a bare state dict cannot tell crop_size, ``normal`` from
-            ``more`` upsampling, aspect_ratio (1 unless given), or ``instance`` from ``none``.
+            ``more`` upsampling, aspect_ratio (1 unless given, but asked for of maps with 35 or 36 channels, which look
+            like Cityscapes'), or ``instance`` from ``none``.
 
     Raises:
         CheckpointError: unreadable, not a generator, without the weights asked for, or an option that only an argument
@@ -183,7 +248,9 @@ def load_generator(path: str | Path, weights: str = "auto", **overrides) -> SPAD
         state = loaded
         options = _infer_generator_options(_strip(loaded), overrides, path)
     elif isinstance(loaded, Mapping) and loaded.get("format") == FORMAT:
-        part = loaded["ema" if weights != "last" and "ema" in loaded else "generator"]
+        part = loaded.get("ema" if weights != "last" and "ema" in loaded else "generator")
+        if not isinstance(part, Mapping) or not part.keys() >= {"state_dict", "options"}:
+            raise CheckpointError(f"{path} holds no generator with its options")
         state, options = part["state_dict"], {**part["options"], **overrides}
     else:
         raise CheckpointError(f"{path} is neither a checkpoint of this package ({FORMAT}) nor a bare state dict")
@@ -202,10 +269,7 @@ def load_encoder(path: str | Path) -> ConvEncoder:
     loaded = safe_load(path)
     if _is_state_dict(loaded):
         state = _strip(loaded)
-        try:
-            options = dict(ngf=state["layer1.0.weight_orig"].shape[0], z_dim=state["fc_mu.weight"].shape[0])
-        except KeyError as error:
-            raise CheckpointError(f"{path} is not an encoder's state dict: {error.args[0]} is missing") from None
+        options = _infer_encoder_options(state, path)
     elif isinstance(loaded, Mapping) and loaded.get("format") == FORMAT and loaded.get("encoder"):
         state, options = loaded["encoder"]["state_dict"], loaded["encoder"]["options"]
     else:
@@ -213,6 +277,19 @@ def load_encoder(path: str | Path) -> ConvEncoder:
     net = ConvEncoder(**options)
     _load_strictly(net, state, path, options)
     return net.eval()
+
+
+def _infer_encoder_options(state: Mapping[str, Tensor], path: Path) -> dict:
+    spectral = _spectral_norm(state, r"layer\d(?:\.0)?", path)
+    ending = "weight_orig" if spectral else "weight"
+    normed = f"layer1.{ending}" not in state
+    try:
+        ngf = state[f"layer1.0.{ending}" if normed else f"layer1.{ending}"].shape[0]
+        z_dim = state["fc_mu.weight"].shape[0]
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not an encoder's state dict: {error.args[0]} is missing") from None
+    norm = "none" if not normed else "batch" if "layer1.1.running_mean" in state else "instance"
+    return dict(ngf=ngf, z_dim=z_dim, norm=(SPECTRAL if spectral else "") + norm)
 
 
 def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

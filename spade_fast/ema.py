@@ -27,7 +27,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After iteration `step`, counted from 0."""
+        """After the source's update number `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(*self._pairs, 1 - decay)
 

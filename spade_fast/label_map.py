@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from spade_fast import ops
 from spade_fast.patterns import Patterns, nearest_index
 
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -26,7 +27,8 @@ class LabelMap:
         synchronisation, no device assert). With False nothing is checked and labels out of range count as ignored.
 
     The map is kept as `codes` [N, H, W] int32: the label, or label * 2 + edge when there are edges; an ignored
-    pixel has the label num_classes. Its sizes and patterns at other resolutions are found when asked for and kept.
+    pixel has the label num_classes. Its sizes and patterns at other resolutions are found when asked for and kept: a
+    LabelMap is a copy of the labels as they were, and its tensors are not to be written to.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class LabelMap:
         self.num_classes = num_classes
         self.has_edges = has_edges
         self._resized: dict[tuple[int, int], Tensor] = {}
-        self._patterns: dict[tuple[int, int, int], Patterns] = {}
+        self._patterns: dict[tuple, Patterns] = {}
 
     @classmethod
     def from_codes(cls, codes: Tensor, num_classes: int, has_edges: bool) -> LabelMap:
@@ -92,28 +94,11 @@ class LabelMap:
         if segmap.dim() != 4:
             raise ValueError(f"segmap must have shape [N, L, H, W], got {list(segmap.shape)}")
         channels = segmap.shape[1]
-        if channels < 1:
+        if channels < 1 or segmap.is_complex():
             return None
-        values = segmap.detach()
-        values = values if values.is_floating_point() else values.to(torch.float32)
-        # Sums of 0/1 values and of channel numbers are exact in float32 (< 2**24); half precision is not enough.
-        binary = ((values == 0) | (values == 1)).all()
-        numbers = torch.arange(channels, device=values.device, dtype=torch.float32)
-        present = values != 0
-        count = present.sum(1, dtype=torch.int32)
-        labels = torch.einsum("nlhw,l->nhw", present.to(torch.float32), numbers).to(torch.int32)
-        last = present[:, -1].to(torch.int32)
-        single = (count <= 1).all()
-        with_edge = (count - last <= 1).all()
-        binary_, single_, with_edge_ = torch.stack([binary, single, with_edge]).tolist()
-        if not binary_:
-            return None
-        if single_:
-            return cls.from_codes(torch.where(count == 1, labels, channels).to(torch.int32), channels, False)
-        if with_edge_ and channels >= 2:
-            labels = torch.where(count - last == 1, labels - last * (channels - 1), channels - 1)
-            return cls.from_codes((labels * 2 + last).to(torch.int32), channels - 1, True)
-        return None
+        codes, kind = ops.recognize(segmap)
+        edges = int(kind) - 1  # of kinds 1 and 2: channels of edges
+        return None if edges < 0 else cls.from_codes(codes, channels - edges, edges == 1)
 
     @property
     def label_nc(self) -> int:
@@ -131,8 +116,8 @@ class LabelMap:
 
     @property
     def ids(self) -> Tensor:
-        """Labels [N, H, W] int32; ignored pixels have the value num_classes."""
-        return self.codes >> 1 if self.has_edges else self.codes
+        """Labels [N, H, W] int32, a copy; ignored pixels have the value num_classes."""
+        return self.codes >> 1 if self.has_edges else self.codes.clone()
 
     @property
     def edges(self) -> Tensor | None:
@@ -141,12 +126,12 @@ class LabelMap:
 
     def one_hot(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The conditioning as the original layer takes it: [N, label_nc, H, W]."""
-        n, (h, w) = len(self), self.size
-        out = torch.zeros(n, self.num_classes + 1, h, w, dtype=dtype, device=self.device)
-        out.scatter_(1, self.ids.to(torch.int64).unsqueeze(1), 1)
-        if not self.has_edges:
-            return out[:, : self.num_classes]
-        out[:, self.num_classes] = (self.codes & 1).to(dtype)  # the ignored pixels' channel becomes the edge channel
+        out = torch.zeros(len(self), self.label_nc, *self.size, dtype=dtype, device=self.device)
+        labels = self.ids.to(torch.int64).unsqueeze(1)
+        present = (labels < self.num_classes).to(dtype)  # an ignored pixel has no channel
+        out.scatter_(1, labels.clamp(max=self.num_classes - 1), present)
+        if self.has_edges:
+            out[:, -1] = (self.codes & 1).to(dtype)
         return out
 
     def resized(self, h: int, w: int) -> Tensor:
@@ -161,20 +146,26 @@ class LabelMap:
                 self._resized[h, w] = found
         return found
 
-    def patterns(self, h: int, w: int, kernel_size: int = 3, backward: bool = False) -> Patterns:
+    def patterns(
+        self, h: int, w: int, kernel_size: int = 3, backward: bool = False, padding: str = "zeros"
+    ) -> Patterns:
         """The patterns at h×w for k×k kernels; with what backward needs, if asked. Found once, then kept.
+
+        padding: of the convolutions, ``zeros`` or ``reflect``.
 
         Finding them waits for the device; `build` does it ahead, in a data-loader worker say.
         """
-        key = (h, w, kernel_size)
+        key = (h, w, kernel_size) if padding == "zeros" else (h, w, kernel_size, padding)
         found = self._patterns.get(key)
+        # Asked once: with graph breaks, what this calls may be compiled where this is not.
+        traced = torch.compiler.is_compiling()
         if found is None:
-            found = Patterns.find(self.resized(h, w), kernel_size)
-            if torch.compiler.is_compiling():
+            found = Patterns.find(self.resized(h, w), kernel_size, traced, padding)
+            if traced:
                 return found
             self._patterns[key] = found
             _mark_dynamic(found)
-        if backward and found.outside is None and not torch.compiler.is_compiling():
+        if backward and found.outside is None and not traced:
             found.add_segments()
             _mark_dynamic(found)
         return found

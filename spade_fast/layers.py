@@ -6,43 +6,55 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from spade_fast import ops, reference, sync
+from spade_fast.as_built import changed, changed_convolution, changed_norm, torch_only
+from spade_fast.dense import dense_gamma_beta
 from spade_fast.label_map import LabelMap
+from spade_fast.map_scope import recognized
 from spade_fast.patterns import Patterns
 from spade_fast.spectral import SpectralConv2d, hold_power_iteration
 
 SLOPE = 0.2  # LeakyReLU everywhere in the generator and the discriminator
 FEW_PIXELS = 256  # up to so many in a batch, calls cost more than arithmetic on a CPU: torch's own cost least
 DENSE_ABOVE = 0.9  # distinct patterns a pixel above which one convolution over the pixels costs less
-_recognised: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # segmap -> (its version, LabelMap or None)
 _recomputing = 0
 
 
-@contextlib.contextmanager
-def recomputing() -> Iterator[None]:
+class recomputing(contextlib.AbstractContextManager):
     """Inside, a forward in training mode gives again what the last one gave: it changes neither running statistics nor
-    spectral norm's vectors."""
-    global _recomputing
-    _recomputing += 1
-    try:
-        with hold_power_iteration():
-            yield
-    finally:
+    spectral norm's vectors. Can be entered again: a second derivative computes forwards more than once."""
+
+    def __enter__(self) -> None:
+        global _recomputing
+        _recomputing += 1
+        self._held = hold_power_iteration()
+        self._held.__enter__()
+
+    def __exit__(self, *raised) -> None:
+        global _recomputing
         _recomputing -= 1
+        self._held.__exit__(*raised)
 
 
 class FusedSPADE(nn.Module):
     """The SPADE layer (Park et al., CVPR 2019, section 3, equation 1), evaluated once per distinct label patch.
 
     The same function, gradients, initial distribution and state dict as :class:`spade_fast.reference.SPADE`, whose
-    arguments it takes.
+    arguments it takes. Whatever works on that layer works here with the same result:
+
+    - Nothing derived from parameters, buffers or a map's values outlives a call. Any way to write them counts.
+    - A submodule that is not exactly as built (hooks, wrappers, another class, padding, activation or norm) runs
+      through its own forward, with one warning that names it. The rest stays fused.
+    - Under ``torch.jit.trace``, ``torch.export``, ONNX export, ``torch.func`` and forward-mode derivatives, torch's own
+      operations compute it.
+    - It can be differentiated twice, except with statistics over several processes, which is refused by name.
 
     Raises:
         ValueError: an option out of range.
@@ -60,12 +72,7 @@ class FusedSPADE(nn.Module):
         self.mlp_shared = nn.Sequential(nn.Conv2d(label_nc, hidden_nc, kernel_size, padding=padding), nn.ReLU())
         self.mlp_gamma = nn.Conv2d(hidden_nc, norm_nc, kernel_size, padding=padding)
         self.mlp_beta = nn.Conv2d(hidden_nc, norm_nc, kernel_size, padding=padding)
-        # Memory orders in which the tables and matrices of the pattern path are views: one row a (tap, label), and
-        # [C, k·k·hidden]. Shapes, and so state dicts, are unchanged.
-        shared = self.mlp_shared[0].weight
-        shared.data = shared.data.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-        for convolution in (self.mlp_gamma, self.mlp_beta):
-            convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
+        self._warned: set[str] = set()
 
     def forward(
         self, x: Tensor, labels: LabelMap | Tensor, activation: float | str | None = None, upsample: int = 1
@@ -75,8 +82,8 @@ class FusedSPADE(nn.Module):
         Args:
             x: activation [N, norm_nc, H, W].
             labels: LabelMap, or a map [N, label_nc, h, w]; resized by nearest neighbour to the output's size. A tensor
-                which is exactly one-hot (plus 0/1 edges) is taken as a LabelMap (finding out waits for a GPU; the
-                answer is remembered while the tensor lives); any other is dense conditioning.
+                which is exactly one-hot (plus 0/1 edges) is taken as a LabelMap (finding out reads it once, and waits
+                for a GPU; inside :func:`spade_fast.map_scope` once for all layers); any other is dense conditioning.
             activation: negative slope of a LeakyReLU after the modulation, ``"leaky_relu"`` (0.2), or None.
             upsample: 1, or 2 to normalise and modulate x enlarged twice by nearest neighbour, without building it.
 
@@ -131,9 +138,25 @@ class FusedSPADE(nn.Module):
 
     def pixel_params(self, segmap: Tensor, size: tuple[int, int]) -> Tensor:
         """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel, from a dense map [N, label_nc, h, w]."""
+        shared, gamma, beta = self.mlp_shared[0], self.mlp_gamma, self.mlp_beta
+        return dense_gamma_beta(
+            segmap, size, shared.weight, shared.bias, gamma.weight, gamma.bias, beta.weight, beta.bias
+        )
+
+    def module_params(self, labels: LabelMap | Tensor, size: tuple[int, int]) -> Tensor:
+        """The same through the submodules' own forwards."""
+        hidden = self.mlp_shared(self._resized(labels, size))
+        return torch.cat([self.mlp_gamma(hidden), self.mlp_beta(hidden)], dim=1)
+
+    def _resized(self, labels: LabelMap | Tensor, size: tuple[int, int]) -> Tensor:
+        """A dense map [N, label_nc, *size] in the weights' dtype."""
+        dtype = next(self.parameters()).dtype
+        if isinstance(labels, LabelMap):
+            return LabelMap.from_codes(labels.resized(*size), labels.num_classes, labels.has_edges).one_hot(dtype)
+        segmap = labels if labels.is_floating_point() else labels.to(dtype)
         if tuple(segmap.shape[2:]) != size:
             segmap = F.interpolate(segmap, size=size, mode="nearest")
-        return self._gamma_beta(self.mlp_shared(segmap.to(self.mlp_shared[0].weight.dtype)))
+        return segmap.to(dtype)
 
     def _gamma_beta(self, hidden: Tensor) -> Tensor:
         gamma, beta = self.mlp_gamma, self.mlp_beta
@@ -142,6 +165,35 @@ class FusedSPADE(nn.Module):
             return torch.cat([gamma(hidden), beta(hidden)], dim=1)
         weight, bias = torch.cat([gamma.weight, beta.weight]), torch.cat([gamma.bias, beta.bias])
         return F.conv2d(hidden, weight, bias, padding=self.kernel_size // 2)
+
+    def changed_network(self) -> str | None:
+        """Which submodule of the modulation network is not as built, and how; None: all are."""
+        why = changed(self.mlp_shared, nn.Sequential)
+        if why is not None:
+            return f"mlp_shared {why}"
+        if len(self.mlp_shared) != 2:
+            return f"mlp_shared has {len(self.mlp_shared)} parts, not 2"
+        convolution, activation = self.mlp_shared
+        hidden_nc, k = convolution.out_channels if isinstance(convolution, nn.Conv2d) else 0, self.kernel_size
+        checks = (
+            ("mlp_shared.0", changed_convolution(convolution, self.label_nc, hidden_nc, k)),
+            ("mlp_shared.1", changed(activation, nn.ReLU)),
+            ("mlp_gamma", changed_convolution(self.mlp_gamma, hidden_nc, self.norm_nc, k)),
+            ("mlp_beta", changed_convolution(self.mlp_beta, hidden_nc, self.norm_nc, k)),
+        )
+        return next((f"{name} {why}" for name, why in checks if why is not None), None)
+
+    def changed_norm(self) -> str | None:
+        """How param_free_norm is not one that the statistics kernels compute; None: it is."""
+        why = changed_norm(self.param_free_norm, self.norm_nc)
+        return None if why is None else f"param_free_norm {why}"
+
+    def warn(self, why: str) -> None:
+        if why not in self._warned and not torch.compiler.is_compiling():
+            self._warned.add(why)
+            warnings.warn(
+                f"FusedSPADE: {why}; it runs through its own forward, which is right but not as fast", stacklevel=4
+            )
 
 
 Recipe = tuple[Callable[..., Tensor], list[Tensor | None]] | None  # function and tensors that give an output again
@@ -162,23 +214,30 @@ def modulate(
     """
     first = layers[0]
     slopes = [_slope(a) for a in activations]
-    size = (x.shape[2] * upsample, x.shape[3] * upsample)
-    if x.dim() != 4 or x.shape[1] != first.norm_nc:
-        raise ValueError(f"x must have shape [N, {first.norm_nc}, H, W], got {list(x.shape)}")
+    _check_input(x, labels, first, upsample)
+    if torch_only():
+        return [_by_torch(x, labels, layer, slope, upsample) for layer, slope in zip(layers, slopes, strict=True)], [
+            None for _ in layers
+        ]
+    if len(layers) == 2 and (_changes(layers[0]) or _changes(layers[1]) or not _alike(*layers)):
+        pairs = [modulate(x, labels, [layer], [slope], upsample) for layer, slope in zip(layers, slopes, strict=True)]
+        return [outs[0] for outs, _ in pairs], [recipes[0] for _, recipes in pairs]
     labels = recognise(labels)
-    shape = reference.segmap_shape(labels)
-    if shape[:2] != (x.shape[0], first.label_nc):
-        raise ValueError(
-            f"labels must be for [N={x.shape[0]}, label_nc={first.label_nc}] as x and the layer are, got {list(shape)}"
-        )
-    if labels.device != x.device:
-        raise ValueError(f"labels are on {labels.device}, x is on {x.device}")
+    network, norm = first.changed_network(), first.changed_norm()
+    for why in (network, norm):
+        if why is not None:
+            first.warn(why)
+    if norm is not None:
+        x, upsample = first.param_free_norm(_enlarged(x, upsample)), 1
+    size = (x.shape[2] * upsample, x.shape[3] * upsample)
     ids = order = offsets = None
-    if isinstance(labels, LabelMap):
+    if network is not None:
+        params = [first.module_params(labels, size)]
+    elif isinstance(labels, LabelMap):
         patterns = labels.patterns(*size, first.kernel_size, backward=torch.is_grad_enabled())
         # A traced graph must not depend on how many patterns this map has.
         if not torch.compiler.is_compiling() and patterns.density > DENSE_ABOVE:
-            if upsample == 1 and _few_pixels(x, first):
+            if upsample == 1 and norm is None and _few_pixels(x, first):
                 pairs = zip(layers, slopes, strict=True)
                 outs = [layer.modulate_few_pixels(x, patterns, labels.has_edges, slope) for layer, slope in pairs]
                 return outs, [None] * len(outs)
@@ -188,10 +247,10 @@ def modulate(
             ids, order, offsets = patterns.ids, patterns.order, patterns.offsets
     else:
         params = [layer.pixel_params(labels, size) for layer in layers]
-    statistics = _statistics(x, layers, upsample)
+    statistics = [(None, None, False, None)] if norm is not None else _statistics(x, layers, upsample)
     recipes = [
-        (functools.partial(_modulate_again, slope, upsample), [x, mean, rstd, p, ids])
-        for (mean, rstd, *_), p, slope in zip(itertools.cycle(statistics), params, slopes, strict=False)
+        (functools.partial(_modulate_again, slope, upsample, depends), [x, mean, rstd, p, ids])
+        for (mean, rstd, depends, _), p, slope in zip(itertools.cycle(statistics), params, slopes, strict=False)
     ]
     if len(statistics) == 1:
         mean, rstd, depends, shared = statistics[0]
@@ -206,6 +265,48 @@ def modulate(
     return outs, recipes
 
 
+def _check_input(x: Tensor, labels: LabelMap | Tensor, layer: FusedSPADE, upsample: int) -> None:
+    if x.dim() != 4 or x.shape[1] != layer.norm_nc:
+        raise ValueError(f"x must have shape [N, {layer.norm_nc}, H, W], got {list(x.shape)}")
+    shape = reference.segmap_shape(labels)
+    if shape[:2] != (x.shape[0], layer.label_nc):
+        raise ValueError(
+            f"labels must be for [N={x.shape[0]}, label_nc={layer.label_nc}] as x and the layer are, got {list(shape)}"
+        )
+    if labels.device != x.device:
+        raise ValueError(f"labels are on {labels.device}, x is on {x.device}")
+
+
+def _changes(layer: FusedSPADE) -> bool:
+    return layer.changed_network() is not None or layer.changed_norm() is not None
+
+
+def _alike(a: FusedSPADE, b: FusedSPADE) -> bool:
+    """Whether statistics of one layer serve the other."""
+    one, other = a.param_free_norm, b.param_free_norm
+    return (
+        type(one) is type(other)
+        and a.kernel_size == b.kernel_size
+        and getattr(one, "eps", None) == getattr(other, "eps", None)
+        and one.training == other.training
+        and getattr(one, "running_mean", None) is None == (getattr(other, "running_mean", None) is None)
+        and sync.layer_group(a) == sync.layer_group(b)
+    )
+
+
+def _enlarged(x: Tensor, upsample: int) -> Tensor:
+    return x if upsample == 1 else F.interpolate(x, scale_factor=float(upsample), mode="nearest")
+
+
+def _by_torch(x: Tensor, labels: LabelMap | Tensor, layer: FusedSPADE, slope: float, upsample: int) -> Tensor:
+    """The reference formula through the layer's submodules, which a trace, an export or a transform can follow."""
+    x = _enlarged(x, upsample)
+    segmap = reference.as_segmap(labels, next(layer.parameters()).dtype)
+    hidden = layer.mlp_shared(F.interpolate(segmap, size=x.shape[2:], mode="nearest"))
+    out = layer.param_free_norm(x) * (1 + layer.mlp_gamma(hidden)) + layer.mlp_beta(hidden)
+    return out if slope == 1.0 else F.leaky_relu(out, slope)
+
+
 def _few_pixels(x: Tensor, layer: FusedSPADE) -> bool:
     norm = layer.param_free_norm
     return (
@@ -213,26 +314,24 @@ def _few_pixels(x: Tensor, layer: FusedSPADE) -> bool:
         and 1 < x.shape[0] * x.shape[2] * x.shape[3] <= FEW_PIXELS
         and x.dtype == layer.mlp_gamma.weight.dtype
         and not torch.is_autocast_enabled("cpu")
-        and isinstance(norm, nn.BatchNorm2d)
-        and not (norm.training and sync.group_of(layer.norm, layer.process_group))
+        and type(norm) is nn.BatchNorm2d
+        and not (norm.training and sync.layer_group(layer))
     )
 
 
-def _modulate_again(slope: float, upsample: int, x, mean, rstd, params, ids) -> Tensor:
-    return ops.modulation(x, mean, rstd, [params], ids, None, None, [slope], upsample, False)[0]
+def _modulate_again(slope: float, upsample: int, depends: bool, x, mean, rstd, params, ids) -> Tensor:
+    stats = depends and torch.is_grad_enabled()  # a second derivative goes through the statistics too
+    return ops.modulation(x, mean, rstd, [params], ids, None, None, [slope], upsample, stats)[0]
 
 
 def recognise(labels: LabelMap | Tensor) -> LabelMap | Tensor:
-    """The LabelMap that a one-hot tensor stands for, or labels itself."""
+    """The LabelMap that a one-hot tensor stands for, or labels itself. Inside a `map_scope`, found once a tensor."""
     if not isinstance(labels, Tensor) or labels.requires_grad or labels.is_meta or torch.compiler.is_compiling():
         return labels
-    if labels.is_inference():  # has no version to remember it by
-        found = LabelMap.from_segmap(labels)
-        return labels if found is None else found
-    known = _recognised.get(labels)
-    if known is None or known[0] != labels._version:
-        known = _recognised[labels] = (labels._version, LabelMap.from_segmap(labels))
-    return labels if known[1] is None else known[1]
+    if type(labels) not in (Tensor, nn.Parameter):  # a fake or distributed tensor has no values to look at
+        return labels
+    found = recognized(labels, LabelMap.from_segmap)
+    return labels if found is None else found
 
 
 def _slope(activation: float | str | None) -> float:
@@ -272,7 +371,7 @@ def _statistics(
             (b.running_mean[None].to(acc), torch.rsqrt(b.running_var[None].to(acc) + b.eps), False, None) for b in norms
         ]
     count: int | Tensor = n * h * w
-    group = sync.group_of(layers[0].norm, layers[0].process_group) if norm.training else None
+    group = sync.layer_group(layers[0]) if norm.training else None
     if group is None and count * upsample**2 == 1:
         raise ValueError(f"batch norm needs more than 1 value per channel when training, got x of {list(x.shape)}")
     mean, m2 = ops.statistics(x, False)
@@ -351,16 +450,19 @@ class SPADEResnetBlock(nn.Module):
 
         segmap: a dense map [N, label_nc, ., .], or, for fused layers, a LabelMap too.
         """
-        if not self.fused:
+        norms = [self.norm_0, self.norm_1, *([self.norm_s] if self.learned_shortcut else [])]
+        if torch_only() or any(changed(norm, FusedSPADE) is not None for norm in norms):
             return self._forward_plain(x, segmap, upsample)
         if self.learned_shortcut:
             outs, recipes = modulate(x, segmap, [self.norm_0, self.norm_s], [SLOPE, None], upsample)
-            shortcut = self.conv_s(outs[1], recipes[1])
+            shortcut = _convolve(self.conv_s, outs[1], recipes[1])
         else:
             outs, recipes = modulate(x, segmap, [self.norm_0], [SLOPE], upsample)
-        out = self.conv_0(outs[0], recipes[0])
+        out = _convolve(self.conv_0, outs[0], recipes[0])
         outs, recipes = modulate(out, segmap, [self.norm_1], [SLOPE])
-        out = self.conv_1(outs[0], recipes[0])
+        out = _convolve(self.conv_1, outs[0], recipes[0])
+        if changed(self.conv_1, SpectralConv2d) is not None:  # something else may hold its output
+            out = out.clone()
         return out.add_(shortcut) if self.learned_shortcut else _add_enlarged(out, x, upsample)
 
     def _forward_plain(self, x: Tensor, segmap: Tensor, upsample: int) -> Tensor:
@@ -370,6 +472,12 @@ class SPADEResnetBlock(nn.Module):
         out = self.conv_0(F.leaky_relu(self.norm_0(x, segmap), SLOPE))
         out = self.conv_1(F.leaky_relu(self.norm_1(out, segmap), SLOPE))
         return shortcut + out
+
+
+def _convolve(convolution: nn.Module, x: Tensor, recipe: Recipe) -> Tensor:
+    if recipe is None or changed(convolution, SpectralConv2d) is not None:
+        return convolution(x)
+    return convolution(x, recipe)
 
 
 def _add_enlarged(out: Tensor, x: Tensor, upsample: int) -> Tensor:

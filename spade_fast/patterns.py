@@ -35,11 +35,16 @@ class Patterns:
     tap_offsets: Tensor | None = None
 
     @staticmethod
-    def find(codes: Tensor, kernel_size: int) -> Patterns:
-        """The patterns of codes [N, h, w] int32. Waits for the device: how many there are decides the sizes."""
-        hidden_ids, hidden_codes, hidden_counts = ops.patterns(codes, kernel_size)
-        ids, taps, counts = ops.patterns(hidden_ids, kernel_size)
-        if torch.compiler.is_compiling():  # the counts are not known in a traced graph
+    def find(codes: Tensor, kernel_size: int, traced: bool = False, padding: str = "zeros") -> Patterns:
+        """The patterns of codes [N, h, w] int32. Waits for the device: how many there are decides the sizes.
+
+        traced: in a traced graph, where the counts are not known; they stay empty.
+        padding: ``zeros``, or ``reflect``: taps beyond a border are those of the pixels mirrored at it.
+        """
+        search = _patterns_reflected if padding == "reflect" else ops.patterns
+        hidden_ids, hidden_codes, hidden_counts = search(codes, kernel_size)
+        ids, taps, counts = search(hidden_ids, kernel_size)
+        if traced:
             return Patterns(hidden_ids, hidden_codes, ids, taps, (), ())
         return Patterns(hidden_ids, hidden_codes, ids, taps, tuple(hidden_counts.tolist()), tuple(counts.tolist()))
 
@@ -137,6 +142,20 @@ class Patterns:
 _TENSORS = [field.name for field in dataclasses.fields(Patterns) if "Tensor" in field.type]
 
 
+def _patterns_reflected(codes: Tensor, kernel_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.patterns` with reflection at the borders: found on the padded map, then cropped. Some patches of its rim may
+    be listed that no pixel has."""
+    pad = kernel_size // 2
+    if pad == 0:
+        return ops.patterns(codes, kernel_size)
+    for dim in (1, 2):
+        size = codes.shape[dim]
+        index = torch.arange(-pad, size + pad, device=codes.device).abs()
+        codes = codes.index_select(dim, (size - 1) - (size - 1 - index).abs())
+    ids, patches, counts = ops.patterns(codes.contiguous(), kernel_size)
+    return ids[:, pad:-pad, pad:-pad].contiguous(), patches, counts
+
+
 class _Range:
     """Rows before, up to the end of, and in images start..stop-1, from counts per image."""
 
@@ -169,6 +188,7 @@ def nearest_index(size: int, to: int, device: torch.device | str = "cpu") -> Ten
 
     min(floor(i * scale), size - 1) with scale = size / to, all in float32, as ATen computes it for float32 maps.
     """
-    scale = (torch.tensor(size, dtype=torch.float32) / torch.tensor(to, dtype=torch.float32)).item()
+    one, other = (torch.tensor(n, dtype=torch.float32, device="cpu") for n in (size, to))  # not the default device
+    scale = (one / other).item()
     index = (torch.arange(to, dtype=torch.float32, device=device) * scale).floor().to(torch.int64)
     return index.clamp_(max=size - 1)

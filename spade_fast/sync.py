@@ -27,6 +27,17 @@ def set_process_group(network: nn.Module, group: dist.ProcessGroup | None) -> No
             module.process_group = chosen
 
 
+def layer_group(layer: nn.Module) -> Group | None:
+    """The group over which a FusedSPADE layer shares its statistics in training mode, or None."""
+    norm = layer.param_free_norm
+    if not isinstance(norm, nn.SyncBatchNorm):
+        return group_of(layer.norm, layer.process_group)
+    chosen = layer.process_group
+    if norm.process_group is not None:
+        chosen = norm.process_group.group_name, norm.process_group.size()
+    return group_of("syncbatch", chosen)
+
+
 def group_of(norm: str, chosen: Group | None) -> Group | None:
     """The group to share statistics over, or None: one process, or a norm that does not share."""
     if norm != "syncbatch":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spade_fast import losses, models
 from spade_fast.adam import Adam
-from spade_fast.config import ConfigError, TrainConfig
+from spade_fast.config import ConfigError, TrainConfig, flag
 from spade_fast.ema import EMA
 from spade_fast.label_map import LabelMap
 from spade_fast.ops.library import accumulation_dtype
@@ -60,15 +60,15 @@ class TrainingStep:
                 f"processes with --accumulate {config.accumulate}"
             )
         self.nets, self.config, self.ranks = nets, config, ranks
+        self._share_statistics()
         self.generator, self.discriminator = nets["generator"], nets["discriminator"]
         self.encoder = nets.get("encoder")
         self.vgg_loss = None if vgg is None else losses.VGGLoss(vgg.to(memory_format=torch.channels_last))
         self.gan_loss = losses.GANLoss(config.gan_mode)
         self.device = ranks.device
         self.amp = amp_dtype(config.amp, self.device)
-        for name, net in nets.items():
-            if name != "generator" or not net.fused:  # which is in the memory order that suits it
-                net.to(memory_format=torch.channels_last)
+        for net in nets.values():
+            net.to(memory_format=torch.channels_last)
         self.generator.checkpoint_blocks = config.checkpoint_blocks
         if config.compile:
             self.generator.compile(fullgraph=True)
@@ -88,17 +88,35 @@ class TrainingStep:
         self._noise: Tensor | None = None  # [2, batch_size, z_dim], for the generator's and the discriminator's update
         self._fakes: list[Tensor] = []
 
+    def _share_statistics(self) -> None:
+        """Of the discriminator's and the encoder's batch norms, by torch's own synchronized norm, which is for GPUs."""
+        for name, option in (("discriminator", "norm_d"), ("encoder", "norm_e")):
+            norm = getattr(self.config, option)
+            if self.ranks.world == 1 or name not in self.nets or not norm.endswith("syncbatch"):
+                continue
+            if self.ranks.device.type != "cuda":
+                raise ConfigError(
+                    f"{flag(option)} {norm} on several processes needs GPUs (torch.nn.SyncBatchNorm); take "
+                    f"{norm.replace('sync', '')}, whose statistics are each process's own"
+                )
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.nets[name])  # in place
+
     def set_lr(self, factor: float) -> None:
         for optimizer, lr in zip(self.optimizers.values(), self.base_lrs, strict=True):
             optimizer.param_groups[0]["lr"] = lr * factor
 
     def __call__(self, labels: LabelMap, image: Tensor, step: int) -> dict[str, Tensor]:
-        """Both updates of iteration `step`; the weighted losses, detached, still on the device."""
+        """Both updates of iteration `step`, counted from 0; the weighted losses, detached, still on the device.
+
+        The generator is updated in one of d_steps_per_g iterations, first in iteration 0.
+        """
         self.draw_noise(step)
-        terms = {**self.generator_step(labels, image), **self.discriminator_step(labels, image)}
-        if self.ema is not None:
+        update, pause = divmod(step, self.config.d_steps_per_g)
+        terms = {} if pause else self.generator_step(labels, image)
+        terms.update(self.discriminator_step(labels, image))
+        if self.ema is not None and not pause:
             with span("optimiser"):
-                self.ema.update(step)
+                self.ema.update(update)
         return terms
 
     def draw_noise(self, step: int) -> None:

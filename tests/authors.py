@@ -114,8 +114,8 @@ def check(got: Tensor, want: dict, tolerance: float, what: str = "") -> None:
     pairs = zip(
         [found["mean"], found["std"], *found["value"]], [want["mean"], want["std"], *want["value"]], strict=True
     )
-    worst = max(abs(a - b) for a, b in pairs)
-    assert worst <= tolerance * scale, f"{what}: {worst / scale:.3g} off"
+    for a, b in pairs:  # a NaN fails
+        assert abs(a - b) <= tolerance * scale, f"{what}: {a} is not {b}, {abs(a - b) / scale:.3g} off"
 
 
 def check_sums(got: dict[str, Tensor], want: dict[str, list[float]], tolerance: float, floor: float = 0.0) -> None:

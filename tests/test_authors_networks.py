@@ -27,10 +27,13 @@ def test_generator(name, spade, dtype):
     net = authors.prepared(authors.generator(fixture["options"], spade), name, dtype)
     labels = authors.label_map(fixture)
     z = fixture["inputs"]["z"].to(dtype) if "z" in fixture["inputs"] else None
-    with torch.no_grad():
-        authors.check(net.eval()(labels, z), fixture["outputs"]["eval"]["image"], tolerance, "eval")
-        if "train" in fixture["outputs"]:
-            authors.check(net.train()(labels, z), fixture["outputs"]["train"]["image"], tolerance, "train")
+    for phase in ("eval", "train"):
+        if phase in fixture["outputs"]:
+            want = fixture["outputs"][phase]["image"]
+            count = want["shape"][0]  # some files keep only the first samples
+            with torch.no_grad():
+                image = net.train(phase == "train")(labels[:count], None if z is None else z[:count])
+            authors.check(image, want, tolerance, phase)
     check_buffers(net, fixture, tolerance)
 
 

@@ -41,6 +41,11 @@ def save_ours(net, path, **more):
         ),
         (dict(num_upsampling_layers="most", crop_size=128, ngf=4), dict(crop_size=128)),
         (dict(norm="instance", kernel_size=1), dict(crop_size=64, num_upsampling_layers="normal", norm="instance")),
+        (dict(spectral_norm=False), dict(crop_size=64, num_upsampling_layers="normal")),
+        (
+            dict(label_nc=36, num_upsampling_layers="more", aspect_ratio=2.0),
+            dict(crop_size=64, num_upsampling_layers="more", aspect_ratio=2.0),
+        ),
     ],
 )
 def test_bare_state_dict_is_recognised(tmp_path, options, told):
@@ -63,6 +68,44 @@ def test_what_tensors_cannot_tell_is_named(tmp_path):
     torch.save(small().state_dict(), tmp_path / "g.pth")
     with pytest.raises(CheckpointError, match=r"do not tell num_upsampling_layers .'normal' or 'more'.: pass"):
         load_generator(tmp_path / "g.pth", crop_size=64)
+
+
+@pytest.mark.parametrize("label_nc", [35, 36])
+def test_the_aspect_of_cityscapes_weights_is_asked_for(tmp_path, label_nc):
+    net = small(label_nc=label_nc)
+    torch.save(net.state_dict(), tmp_path / "g.pth")
+    told = dict(crop_size=64, num_upsampling_layers="normal")
+    with pytest.raises(CheckpointError, match=r"do not tell aspect_ratio .*Cityscapes', which is 2.: pass it"):
+        load_generator(tmp_path / "g.pth", **told)
+    for ratio, size in ((2.0, (32, 64)), (1.0, (64, 64))):
+        assert load_generator(tmp_path / "g.pth", aspect_ratio=ratio, **told).output_size == size
+    save_ours(net, tmp_path / "ours.pt")
+    assert load_generator(tmp_path / "ours.pt").output_size == (64, 64)  # it says its aspect
+
+
+def test_a_mixture_of_spectral_norm_and_none_is_refused(tmp_path):
+    state = small().state_dict()
+    for end in ("_u", "_v"):
+        del state["up_1.conv_s.weight" + end]
+    state["up_1.conv_s.weight"] = state.pop("up_1.conv_s.weight_orig")
+    torch.save(state, tmp_path / "g.pth")
+    names = r"head_0.conv_0.weight_orig.*up_1.conv_s.weight\)"
+    with pytest.raises(CheckpointError, match=rf"mixes convolutions with spectral norm \({names}"):
+        load_generator(tmp_path / "g.pth", crop_size=64, num_upsampling_layers="normal")
+    with pytest.raises(CheckpointError, match=r"does not fit .*spectral_norm=True.*weight"):
+        torch.save(small(spectral_norm=False).state_dict(), tmp_path / "g.pth")
+        load_generator(tmp_path / "g.pth", crop_size=64, num_upsampling_layers="normal", spectral_norm=True)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize("spectral", ["spectral", ""])
+def test_bare_encoders_tell_their_norm(tmp_path, spectral, norm):
+    torch.manual_seed(0)
+    net = ConvEncoder(ngf=2, z_dim=3, norm=spectral + norm).eval()
+    torch.save(net.state_dict(), tmp_path / "latest_net_E.pth")
+    loaded, image = load_encoder(tmp_path / "latest_net_E.pth"), torch.randn(1, 3, 256, 256)
+    assert loaded.options == net.options
+    assert torch.equal(loaded(image)[0], net(image)[0])
 
 
 def old_style(net: nn.Module, with_weight: bool) -> OrderedDict:

@@ -211,13 +211,13 @@ def test_backward_is_bitwise_reproducible(backend):
     assert torch.equal(first, gradient()) and torch.equal(first, gradient())
 
 
-def test_second_backward_says_so():
-    labels, weight, _ = make(1, 4, 5, 2, False, 2, 3)
-    weight.requires_grad_()
-    out = ops.label_conv(labels.codes, table_of(weight), None, False, 3, 1, 1)
-    (grad,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="spade_fast::label_conv can be differentiated once only"):
-        grad.sum().backward()
+@pytest.mark.parametrize("pooled", [False, True])
+def test_second_derivatives(pooled):
+    labels, weight, bias = make(1, 4, 5, 2, False, 2, 3)
+    tensors = [table_of(weight).requires_grad_(), bias.requires_grad_()]
+    assert torch.autograd.gradgradcheck(
+        lambda table, bias: ops.label_conv(labels.codes, table, bias, False, 3, 2, 1, pooled), tensors
+    )
 
 
 def test_wrong_arguments():

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from spade_fast import LabelMap, layers, reference
 from spade_fast.layers import FusedSPADE, SPADEResnetBlock
+from spade_fast.map_scope import map_scope
+from spade_fast.models import MultiscaleDiscriminator, SPADEGenerator
 
 CLASSES = 5
 
@@ -139,20 +141,28 @@ def test_tensor_conditioning(conditioning, channels_last):
     compare(plain, fused, activation(channels_last=channels_last), segmap, slope=0.2)
 
 
-def test_one_hot_tensors_are_recognised_and_remembered(monkeypatch):
+def test_a_one_hot_tensor_is_recognized_by_its_content(monkeypatch):
     _, fused = pair()
     x, segmap, calls = activation(), label_map().one_hot(torch.float64), []
     original = LabelMap.from_segmap
     monkeypatch.setattr(LabelMap, "from_segmap", lambda t: calls.append(t) or original(t))
     with torch.no_grad():
         first = fused(x, segmap)
-        fused(x, segmap)
-        assert len(calls) == 1
-        segmap.copy_(segmap.flip(3))  # changed in place: looked at again
+        segmap.numpy()[...] = segmap.flip(3).numpy()  # no version counts this write
         second = fused(x, segmap)
-    assert len(calls) == 2 and not torch.equal(first, second)
-    with torch.inference_mode():
-        torch.testing.assert_close(fused(x, segmap.clone()), second)
+        torch.testing.assert_close(second, fused(x, label_map().one_hot(torch.float64).flip(3)))
+        assert not torch.equal(first, second)
+        calls.clear()
+        with map_scope():
+            fused(x, segmap)
+            fused(x, segmap)
+        assert len(calls) == 1
+    with torch.inference_mode(), map_scope():
+        calls.clear()
+        inference = segmap.clone()
+        fused(x, inference)
+        torch.testing.assert_close(fused(x, inference), second)
+        assert len(calls) == 1
 
 
 def test_gradient_reaches_dense_conditioning():
@@ -261,15 +271,10 @@ def test_state_dict_and_initial_weights_are_the_references():
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), fused.state_dict().values(), strict=True))
 
 
-def test_weights_keep_their_memory_order():
-    """So that tables and matrices are views: after loading, copying, casting, and an optimiser step."""
-    _, fused = pair()
-    fused = copy.deepcopy(fused).float()
-    fused(activation(dtype=torch.float32), label_map()).square().sum().backward()
-    torch.optim.Adam(fused.parameters()).step()
-    assert fused.mlp_shared[0].weight.permute(2, 3, 1, 0).is_contiguous()
-    assert fused.mlp_gamma.weight.is_contiguous(memory_format=torch.channels_last)
-    assert fused.mlp_gamma.weight.grad.stride() == fused.mlp_gamma.weight.stride()
+def test_parameters_are_contiguous():
+    for network in (FusedSPADE(6, 5), SPADEGenerator(5, ngf=4, crop_size=64), MultiscaleDiscriminator(5, ndf=4)):
+        for name, parameter in network.named_parameters():
+            assert parameter.is_contiguous(), name
 
 
 def test_activation_names():

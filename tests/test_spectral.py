@@ -60,26 +60,39 @@ def test_weight_gradient_as_one_product(kernel, padding, layout):
     assert actual.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_folded_weight_follows_every_change():
+def test_frozen_weights():
+    """Between freeze and unfreeze the weight of that moment is used; each way out of it shows the weight as it is."""
     ours, theirs = pair(False)
     ours.eval(), theirs.eval()
     x = torch.randn(1, 5, 4, 4, dtype=torch.float64)
+
+    def same():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+    ways_out = (
+        lambda: ours.unfreeze(),
+        lambda: ours.train().eval(),
+        lambda: ours.load_state_dict(ours.state_dict()),
+        lambda: ours.double(),
+    )
     with torch.no_grad():
-        ours(x)
-        first = ours._folded[1]
-        ours(x)
-        assert ours._folded[1] is first  # folded once
-        for net in (ours, theirs):
-            net.weight_orig.mul_(2).add_(0.1)
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
-        state = {k: torch.randn_like(v) for k, v in ours.state_dict().items()}
-        for net in (ours, theirs):
-            net.load_state_dict(state)
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+        for way_out in ways_out:
+            ours.freeze()
+            same()
+            before = ours(x)
+            for net in (ours, theirs):
+                net.weight_orig.data.mul_(2).add_(0.1)
+            assert torch.equal(ours(x), before)
+            way_out()
+            same()
+        ours.freeze()
         clone = copy.deepcopy(ours)
         clone.weight_orig.add_(1)
         assert not torch.allclose(clone(x), ours(x))
-        torch.testing.assert_close(ours.float()(x.float()).double(), theirs(x), rtol=1e-4, atol=1e-4)
+    ours.freeze()
+    for net in (ours, theirs):
+        net.weight_orig.data.add_(0.1)
+    same()  # with gradients a frozen weight does not serve
 
 
 def assert_within_rounding(conv: SpectralConv2d, x: torch.Tensor):
@@ -96,14 +109,16 @@ def test_packed_weight_on_small_maps():
     torch.manual_seed(0)
     conv = SpectralConv2d(48, 32, 3, padding=1).eval()
     with torch.no_grad():
+        conv.freeze()
         for shape in [(1, 48, 5, 4), (1, 48, 5, 4), (2, 48, 3, 7)]:
             x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
             assert_within_rounding(conv, x)
-        packed = conv._packed
+        packed = conv._frozen[x.shape]
         conv(x)
-        assert packed is not None and conv._packed is packed  # packed once for a shape
+        assert conv._frozen[x.shape] is packed  # packed once for a shape
         conv.weight_orig.mul_(-1)
         conv.bias.add_(1)
+        conv.freeze()
         assert_within_rounding(conv, x)
         with torch.autocast("cpu", torch.bfloat16):
             assert conv(x).dtype == torch.bfloat16
@@ -132,11 +147,21 @@ def test_what_is_kept_for_backward(size):
     assert kept(True) == vectors
 
 
-def test_a_second_derivative_is_refused():
-    conv = SpectralConv2d(2, 2, 3)
-    (gradient,) = torch.autograd.grad(conv(torch.randn(1, 2, 4, 4)).square().sum(), conv.weight_orig, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_second_derivatives(layout, size, recompute):
+    torch.manual_seed(0)
+    conv = SpectralConv2d(2, 3, 3, padding=1).double().eval().to(memory_format=layout)
+    root = torch.randn(1, 2, size, size, dtype=torch.float64, requires_grad=True)
+
+    def convolve(root, weight, bias):
+        state = {"weight_orig": weight, "bias": bias}
+        recipe = (torch.sin, [root]) if recompute else None
+        return torch.func.functional_call(conv, state, (root.sin(), recipe))
+
+    tensors = (root, conv.weight_orig.detach().requires_grad_(), conv.bias.detach().requires_grad_())
+    assert torch.autograd.gradcheck(convolve, tensors) and torch.autograd.gradgradcheck(convolve, tensors)
 
 
 def test_autocast_gradients():

@@ -71,6 +71,42 @@ def assert_same(actual, expected, rounding=1e-9):
             torch.testing.assert_close(actual["nets"][name][key], value, rtol=0, atol=bound, msg=f"{name}.{key}")
 
 
+# Updates of the discriminator for one of the generator
+
+
+def test_the_generator_is_updated_in_one_of_n_iterations():
+    """Iteration 0 is whole; in 1 and 2 the discriminator alone learns, on new images of the same generator, and the
+    average waits; 3 is whole again."""
+    step, labels, image = system(d_steps_per_g=3)
+    reference, _, _ = system()
+    for i in range(4):
+        before = copy.deepcopy({name: net.state_dict() for name, net in step.nets.items()})
+        average = copy.deepcopy(step.ema.net.state_dict())
+        terms = step(labels, image, i)
+        reference.draw_noise(i)
+        expected = reference.generator_step(labels, image) if i in (0, 3) else {}
+        expected |= reference.discriminator_step(labels, image)
+        assert {k: v.item() for k, v in terms.items()} == pytest.approx({k: v.item() for k, v in expected.items()})
+        assert ("gan" in terms) == (i in (0, 3)) and "d_fake" in terms
+        moved = {
+            name: any(not torch.equal(p, before[name][key]) for key, p in net.named_parameters())
+            for name, net in step.nets.items()
+        }
+        assert moved == {"generator": i in (0, 3), "encoder": i in (0, 3), "discriminator": True}
+        same = all(torch.equal(v, average[k]) for k, v in step.ema.net.state_dict().items())
+        assert same == (i in (1, 2))
+        for name, net in step.nets.items():
+            for key, value in reference.nets[name].state_dict().items():
+                torch.testing.assert_close(net.state_dict()[key], value, rtol=1e-9, atol=1e-9, msg=f"{name}.{key}")
+
+
+def test_iterations_without_a_generator_step_have_no_images_to_share():
+    with pytest.raises(cfg.ConfigError, match=r"--share-fake does not go with --d-steps-per-g 2: .*leave one out"):
+        resolved(share_fake=True, d_steps_per_g=2)
+    with pytest.raises(cfg.ConfigError, match=r"--d-steps-per-g must be at least 1, got 0"):
+        resolved(d_steps_per_g=0)
+
+
 # Micro-batches
 
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spade_fast import ops
+from spade_fast.as_built import changed, changed_convolution, torch_only
 from spade_fast.label_map import LabelMap
 from spade_fast.layers import SLOPE
 from spade_fast.models.norms import normalized_conv
@@ -50,9 +52,20 @@ class PatchDiscriminator(nn.Module):
         n = label_part.shape[0]
         return (image_part.unflatten(0, (-1, n)) + label_part).flatten(0, 1)
 
+    def _first_changed(self, input_nc: int) -> bool:
+        """Whether the first layer is more than its convolution's weights, and must run through its own forward."""
+        if changed(self.model0, nn.Sequential) is not None or len(self.model0) != 2:
+            return True
+        conv = self.model0[0]
+        width = conv.out_channels if isinstance(conv, nn.Conv2d) else 0
+        return changed_convolution(conv, input_nc, width, 4, stride=2, padding=2) is not None
+
     def forward(self, labels: LabelMap | Tensor, image: Tensor, pooled: bool) -> list[Tensor]:
         """The n_layers feature maps and, last, the prediction; arguments as in ``first_convolution``."""
-        x = self.model0[1](self.first_convolution(labels, image, pooled))
+        if self._first_changed(segmap_shape(labels)[1] + image.shape[1]):
+            x = self.model0(_joined(labels, image, pooled))
+        else:
+            x = self.model0[1](self.first_convolution(labels, image, pooled))
         features = [x]
         for i in range(1, self.n_layers + 1):
             x = getattr(self, f"model{i}")(x)
@@ -107,6 +120,8 @@ class MultiscaleDiscriminator(nn.Module):
             segmap, image = self._parted(segmap)
         if isinstance(segmap, Tensor):
             segmap = segmap.to(image.dtype)
+        elif torch_only():
+            segmap = segmap.one_hot(image.dtype)
         n, label_nc, *size = segmap_shape(segmap)
         if label_nc != self.options["label_nc"]:
             want = self.options["label_nc"]
@@ -136,6 +151,14 @@ class MultiscaleDiscriminator(nn.Module):
                 f"(label_nc={label_nc} + image_nc={image_nc} channels), got a {type(joined).__name__} {shape}"
             )
         return joined[:, :label_nc], joined[:, label_nc:]
+
+
+def _joined(labels: LabelMap | Tensor, image: Tensor, pooled: bool) -> Tensor:
+    """labels ⊕ image [M·N, label_nc + image_nc, h, w]: the input of the plain discriminator."""
+    if isinstance(labels, LabelMap):
+        labels = labels.one_hot(image.dtype)
+        labels = _half(labels) if pooled else labels
+    return torch.cat([labels.repeat(image.shape[0] // labels.shape[0], 1, 1, 1), image], dim=1)
 
 
 def _half(x: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spade_fast import ops
+from spade_fast.as_built import changed, changed_convolution, torch_only
 from spade_fast.label_map import LabelMap
 from spade_fast.layers import SLOPE, SPADEResnetBlock, recognise, recomputing
+from spade_fast.map_scope import map_scope
 from spade_fast.reference import as_segmap, segmap_shape
 from spade_fast.spectral import SpectralConv2d
 
@@ -54,8 +56,8 @@ class SPADEGenerator(nn.Module):
         norm, kernel_size: see :class:`spade_fast.reference.SPADE`.
         spectral_norm: whether the blocks' convolutions are spectrally normalized. A norm_G of the authors' code is
             ``**norm_g_options(norm_G)``.
-        spade: ``fused`` (patterns of labels, channels-last memory) or ``reference`` (the plain layers): the same
-            function and the same parameter names.
+        spade: ``fused`` (patterns of labels) or ``reference`` (the plain layers): the same function and the same
+            parameter names.
 
     Raises:
         ValueError: an option out of range, named.
@@ -108,13 +110,26 @@ class SPADEGenerator(nn.Module):
         if num_upsampling_layers == "most":
             self.up_4 = block(ngf, ngf // 2)
         self.conv_img = nn.Conv2d(ngf // 2 if num_upsampling_layers == "most" else ngf, 3, 3, padding=1)
-        if self.fused:
-            for module in self.modules():
-                if isinstance(module, SpectralConv2d):
-                    weight = module.weight_orig
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-            if z_dim is None:  # the memory order in which label_conv's table is a view
-                self.fc.weight.data = self.fc.weight.data.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+    def freeze(self) -> SPADEGenerator:
+        """For serving: puts the network into evaluation mode and divides and packs the spectrally normalized weights
+        once, as they are now. Writes to weights show again after ``unfreeze()``, ``train()`` or ``load_state_dict()``.
+
+        Returns:
+            The generator.
+        """
+        self.eval()
+        for module in self.modules():
+            if isinstance(module, SpectralConv2d):
+                module.freeze()
+        return self
+
+    def unfreeze(self) -> SPADEGenerator:
+        """Every forward computes from the weights as they then are, as at first. Returns the generator."""
+        for module in self.modules():
+            if isinstance(module, SpectralConv2d):
+                module.unfreeze()
+        return self
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -130,10 +145,12 @@ class SPADEGenerator(nn.Module):
         return [*blocks, (self.up_4, 2)] if self.options["num_upsampling_layers"] == "most" else blocks
 
     def _first_features(self, labels: LabelMap | Tensor, z: Tensor | None) -> Tensor:
-        weight, n = self.fc.weight, segmap_shape(labels)[0]
+        weight, n = next(self.fc.parameters()), segmap_shape(labels)[0]
         if self.z_dim is None:
             if z is not None:
                 raise ValueError("z was given, but this generator starts from the segmentation map (z_dim=None)")
+            if isinstance(labels, LabelMap) and changed_convolution(self.fc, weight.shape[1], weight.shape[0], 3):
+                labels = labels.one_hot(weight.dtype)
             if isinstance(labels, Tensor):
                 return self.fc(F.interpolate(labels, size=self.start, mode="nearest"))
             table = weight.permute(2, 3, 1, 0).reshape(9, *weight.shape[1::-1])
@@ -158,21 +175,29 @@ class SPADEGenerator(nn.Module):
         shape, want = segmap_shape(segmap), self.options["label_nc"]
         if len(shape) != 4 or shape[1] != want:
             raise ValueError(f"segmap must have shape [N, {want}, h, w] (label_nc={want}), got {list(shape)}")
-        labels = recognise(segmap) if self.fused else segmap
-        if not self.fused or isinstance(labels, Tensor):
+        with map_scope():
+            return self._synthesize(segmap, z)
+
+    def _synthesize(self, segmap: LabelMap | Tensor, z: Tensor | None) -> Tensor:
+        fused = self.fused and not torch_only()
+        labels = recognise(segmap) if fused else segmap
+        if not fused or isinstance(labels, Tensor):
             labels = as_segmap(labels, self.conv_img.weight.dtype)
         x = self._first_features(labels, z)
         for block, upsample in self.blocks():
+            if upsample != 1 and changed(block, SPADEResnetBlock) is not None:  # it sees what a plain network gives it
+                x, upsample = F.interpolate(x, scale_factor=float(upsample), mode="nearest"), 1
             if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
                 x = checkpoint(
                     block,
                     x,
                     labels,
-                    upsample,
+                    *([upsample] if upsample != 1 else []),
                     use_reentrant=False,
                     preserve_rng_state=False,
                     context_fn=lambda: (contextlib.nullcontext(), recomputing()),
                 )
             else:
-                x = block(x, labels, upsample)
-        return torch.tanh(self.conv_img(F.leaky_relu(x, SLOPE, inplace=True)))
+                x = block(x, labels, upsample) if upsample != 1 else block(x, labels)
+        own = changed(block, SPADEResnetBlock) is None  # then nothing else holds its output
+        return torch.tanh(self.conv_img(F.leaky_relu(x, SLOPE, inplace=own)))

@@ -18,6 +18,7 @@ def init_weights(net: nn.Module, init: str = "released", gain: float = 0.02) -> 
     """Draws the weights of a generator, discriminator or encoder anew, in place.
 
     Glorot-normal (paper, section 4) has the standard deviation gain·sqrt(2 / (fan_in + fan_out)); biases become zero.
+    The scales of affine batch norms are normal with mean 1 and standard deviation gain, as the authors draw them.
 
     ``released`` is how the networks behind the released weights started. The authors' Glorot draw misses spectrally
     normalized convolutions on a GPU: it lands on the normalized weight, which every forward computes anew. What their
@@ -38,6 +39,9 @@ def init_weights(net: nn.Module, init: str = "released", gain: float = 0.02) -> 
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.normal_(module.weight, 1.0, gain)
+            nn.init.zeros_(module.bias)
         if not isinstance(module, nn.Conv2d | nn.Linear):
             continue
         if not isinstance(module, SpectralConv2d):

@@ -7,6 +7,7 @@ from spade_fast.ops.label_conv import label_conv
 from spade_fast.ops.modulation import modulation
 from spade_fast.ops.pattern_params import pattern_params, tap_segments
 from spade_fast.ops.patterns import patterns, segments
+from spade_fast.ops.recognize import recognize
 from spade_fast.ops.statistics import statistics
 from spade_fast.ops.sync_modulation import combine_statistics, merge_statistics, normalisation_gradient, sync_modulation
 
@@ -20,6 +21,7 @@ __all__ = [
     "normalisation_gradient",
     "pattern_params",
     "patterns",
+    "recognize",
     "segments",
     "statistics",
     "sync_modulation",

@@ -34,9 +34,11 @@ _CPP_OPS = (
     "pattern_params_backward",
     "label_conv",
     "label_conv_backward",
+    "recognize",
 )
 OPS = (*_CPP_OPS, "normalisation_gradient")
-# CPU: measured, benchmarks/results/ops_cpu.json. GPU: nothing is measured yet; Triton has every op.
+_TRITON_OPS = tuple(op for op in OPS if op != "recognize")
+# CPU: measured, benchmarks/results/ops_cpu.json. GPU: nothing is measured yet; Triton has nearly every op.
 FASTEST: dict[str, dict[str, str]] = {"cpu": dict.fromkeys(_CPP_OPS, "cpp"), "cuda": {}}
 DEFAULT = {"cpu": "torch", "cuda": "triton"}
 _override: list[str] = []
@@ -44,7 +46,7 @@ _override: list[str] = []
 
 def has(name: str, op: str) -> bool:
     """Whether backend `name` has an implementation of its own for op."""
-    return op in {"cpp": _CPP_OPS, "cuda": _NATIVE_OPS}.get(name, OPS)
+    return op in {"cpp": _CPP_OPS, "cuda": _NATIVE_OPS, "triton": _TRITON_OPS}.get(name, OPS)
 
 
 def _import_kernels() -> object:
@@ -109,7 +111,7 @@ def choose(op: str, device: torch.device) -> str:
     if key not in _chosen:
         fastest = FASTEST.get(device.type, {}).get(op)
         wanted = [name for name in (fastest, DEFAULT.get(device.type)) if name]
-        _chosen[key] = next((name for name in wanted if why_not(name, device) is None), "torch")
+        _chosen[key] = next((n for n in wanted if has(n, op) and why_not(n, device) is None), "torch")
     return _chosen[key]
 
 

@@ -142,8 +142,22 @@ def _backward(ctx, dout: Tensor) -> tuple:
     return dtable, dbias if ctx.has_bias else None, None, None, None
 
 
+def _setup_backward(ctx, inputs, output) -> None:
+    _, out, codes, ctx.num_rows, ctx.edges, ctx.relu = inputs
+    ctx.save_for_backward(out, codes)
+
+
+def _second_backward(ctx, g_table: Tensor | None, g_bias: Tensor | None) -> tuple:
+    """embedding_sum_backward is linear in dout; its transpose is the sum itself, where ReLU let it through."""
+    out, codes = ctx.saved_tensors
+    if g_table is None:
+        g_table = out.new_zeros(codes.shape[1], ctx.num_rows, out.shape[1])
+    gradient = _embedding_sum(g_table, g_bias, codes, ctx.edges, False)
+    return gradient * (out > 0) if ctx.relu else gradient, None, None, None, None, None
+
+
 library.register_gradient("embedding_sum", _backward, _setup)
-library.register_first_order_only("embedding_sum_backward", of="embedding_sum")
+library.register_gradient("embedding_sum_backward", _second_backward, _setup_backward)
 
 
 def embedding_sum(table: Tensor, bias: Tensor | None, codes: Tensor, edges: bool, relu: bool) -> Tensor:

@@ -143,12 +143,27 @@ def _backward(ctx, dout: Tensor) -> tuple:
     return None, dtable, dbias if ctx.has_bias else None, None, None, None, None, None
 
 
+def _setup_backward(ctx, inputs, output) -> None:
+    _, codes, *ctx.options = inputs
+    ctx.shape, ctx.dtype = output[0].shape, output[0].dtype
+    ctx.save_for_backward(codes)
+
+
+def _second_backward(ctx, g_table: Tensor | None, g_bias: Tensor | None) -> tuple:
+    """label_conv_backward is linear in dout, and its transpose is label_conv."""
+    (codes,) = ctx.saved_tensors
+    if g_table is None:
+        g_table = torch.zeros(ctx.shape, dtype=ctx.dtype, device=codes.device)
+    _, *options = ctx.options
+    return _label_conv(codes, g_table, g_bias, *options), *(None for _ in range(7))
+
+
 def _cast(dtype: torch.dtype, args: tuple) -> tuple:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in args)
 
 
 library.register_gradient("label_conv", _backward, _setup)
-library.register_first_order_only("label_conv_backward", of="label_conv")
+library.register_gradient("label_conv_backward", _second_backward, _setup_backward)
 library.register_autocast("label_conv", _cast)
 
 

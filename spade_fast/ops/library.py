@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,13 +51,31 @@ def register_gradient(name: str, backward: Callable, setup_context: Callable) ->
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
 
 
+def gradients(
+    function: Callable, inputs: Sequence[Tensor], douts: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of function(*inputs) for upstream gradients douts, differentiable in inputs and douts.
+
+    function is made of operations that can be differentiated twice. needed: an entry an input.
+    """
+    with torch.enable_grad():
+        # Of one input, others may be functions: derivatives stop at these views.
+        views = [t.view_as(t) for t in inputs]
+        outs = function(*views)
+        wanted = [v for v, need in zip(views, needed, strict=True) if need]
+        outs = [outs] if isinstance(outs, Tensor) else outs
+        found = iter(torch.autograd.grad(outs, wanted, douts, create_graph=True, allow_unused=True) if wanted else ())
+    return [next(found) if need else None for need in needed]
+
+
 def register_first_order_only(name: str, of: str) -> None:
     """Makes differentiating the backward op `name` fail with the forward op's name."""
 
     def backward(ctx, *grads):
         raise RuntimeError(
-            f"{NAMESPACE}::{of} can be differentiated once only: its backward ({name}) has no derivative "
-            "(use the reference layer for gradient penalties)"
+            f"{NAMESPACE}::{of} can be differentiated once only: its backward ({name}) has no derivative; "
+            "for a gradient penalty build the layer as spade_fast.reference.SPADE, or the generator with "
+            'spade="reference"'
         )
 
     register_gradient(name, backward, lambda ctx, inputs, output: None)

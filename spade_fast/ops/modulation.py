@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -374,10 +374,56 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, douts: list[Tensor | None]) -> tuple:
     x, mean, rstd, ids, order, offsets, *params = ctx.saved_tensors
     douts = [x.new_zeros(ctx.shape) if d is None else d for d in douts]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        dx, dparams = _differentiable_backward(ctx, douts, x, mean, rstd, params, ids)
+        return dx, None, None, dparams, None, None, None, None, None, None
     dx, *dparams = modulation_backward_op(
         douts, x, mean, rstd, params, ids, order, offsets, ctx.slopes, ctx.upsample, ctx.stats
     )
     return dx, None, None, dparams, None, None, None, None, None, None
+
+
+def _differentiable_backward(ctx, douts, x, mean, rstd, params, ids) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(dx, dparams) as functions of douts, x and params, for second derivatives."""
+
+    def outputs(x: Tensor, *params: Tensor) -> list[Tensor]:
+        return modulation_plain(x, mean, rstd, params, ids, ctx.slopes, ctx.upsample, ctx.stats)
+
+    needed = [ctx.needs_input_grad[0], *(p.requires_grad for p in params)]
+    dx, *dparams = library.gradients(outputs, (x, *params), douts, needed)
+    return dx, dparams
+
+
+def modulation_plain(
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    params: Sequence[Tensor],
+    ids: Tensor | None,
+    slopes: list[float],
+    upsample: int,
+    stats: bool,
+) -> list[Tensor]:
+    """`modulation` in operations that can be differentiated any number of times; with stats, mean and rstd too."""
+    acc = library.accumulation_dtype(x.dtype)
+    xhat = x.to(acc)
+    if mean is not None:
+        mean, rstd = (t.to(acc)[:, :, None, None] for t in (mean, rstd))
+        if stats:
+            axes = (0, 2, 3) if mean.shape[0] == 1 else (2, 3)
+            variance, centre = torch.var_mean(xhat, axes, correction=0, keepdim=True)
+            eps = (rstd**-2 - variance).detach()  # what was added to the variance
+            mean, rstd = centre, torch.rsqrt(variance + eps)
+        xhat = (xhat - mean) * rstd
+    if upsample != 1:
+        xhat = xhat.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3)
+    outs = []
+    for p, slope in zip(params, slopes, strict=True):
+        p = p.to(acc) if ids is None else p.to(acc)[ids.to(torch.int64)].permute(0, 3, 1, 2)
+        gamma, beta = p.chunk(2, 1)
+        out = xhat * (1 + gamma) + beta
+        outs.append((out if slope == 1.0 else F.leaky_relu(out, slope)).to(x.dtype))
+    return outs
 
 
 library.register_gradient("modulation", _backward, _setup)

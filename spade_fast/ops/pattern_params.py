@@ -199,12 +199,35 @@ def _backward(ctx, dparams: Tensor) -> tuple:
     return da, None, dwg, dbg, dwb, dbb, None, None
 
 
+def _setup_backward(ctx, inputs, output) -> None:
+    dparams, a, taps, w_gamma, w_beta, tap_order, tap_offsets = inputs
+    ctx.save_for_backward(dparams, a, taps, w_gamma, w_beta, tap_order, tap_offsets)
+
+
+def _second_backward(ctx, g_a, g_wg, g_bg, g_wb, g_bb) -> tuple:
+    """With F(a, w, b) the params, <g_a, da> = <dparams, F(g_a, w, 0)> and
+    <g_w, dw> + <g_b, db> = <dparams, F(a, g_w, g_b)>. The gradients of these are F itself and its backward."""
+    dparams, a, taps, w_gamma, w_beta, *order = ctx.saved_tensors
+    zero = w_gamma.new_zeros(w_gamma.shape[0])
+    d_dparams = torch.zeros_like(dparams)
+    d_a = d_wg = d_wb = None
+    if g_a is not None:
+        d_dparams = d_dparams + _pattern_params(g_a, taps, w_gamma, zero, w_beta, zero, *order)
+        _, d_wg, _, d_wb, _ = _pattern_params_backward(dparams, g_a, taps, w_gamma, w_beta, *order)
+    if any(g is not None for g in (g_wg, g_bg, g_wb, g_bb)):
+        g_wg, g_wb = (torch.zeros_like(w_gamma) if g is None else g for g in (g_wg, g_wb))
+        g_bg, g_bb = (zero if g is None else g for g in (g_bg, g_bb))
+        d_dparams = d_dparams + _pattern_params(a, taps, g_wg, g_bg, g_wb, g_bb, *order)
+        d_a = _pattern_params_backward(dparams, a, taps, g_wg, g_wb, *order)[0]
+    return d_dparams, d_a, None, d_wg, d_wb, None, None
+
+
 def _cast(dtype: torch.dtype, args: tuple) -> tuple:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in args)
 
 
 library.register_gradient("pattern_params", _backward, _setup)
-library.register_first_order_only("pattern_params_backward", of="pattern_params")
+library.register_gradient("pattern_params_backward", _second_backward, _setup_backward)
 library.register_autocast("pattern_params", _cast)
 
 
