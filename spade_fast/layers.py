@@ -289,7 +289,7 @@ def _alike(a: FusedSPADE, b: FusedSPADE) -> bool:
         and a.kernel_size == b.kernel_size
         and getattr(one, "eps", None) == getattr(other, "eps", None)
         and one.training == other.training
-        and getattr(one, "running_mean", None) is None == (getattr(other, "running_mean", None) is None)
+        and (getattr(one, "running_mean", None) is None) == (getattr(other, "running_mean", None) is None)
         and sync.layer_group(a) == sync.layer_group(b)
     )
 

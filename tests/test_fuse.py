@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from spade_fast import fuse, unfuse
+from spade_fast.fusion.forward import FusedForward
 
 
 def options(standin, fixture, dtype):
