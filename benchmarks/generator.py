@@ -30,7 +30,6 @@ from benchmarks.common import (
 from spade_fast import LabelMap
 from spade_fast.models import SPADEGenerator, init_weights
 
-
 AS_BUILT = "fused, as built"
 
 

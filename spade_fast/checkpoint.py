@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spade_fast.files import load_tensors, writing
 from spade_fast.models import ConvEncoder, SPADEGenerator
 from spade_fast.models.norms import SPECTRAL
 from spade_fast.spectral import EPS
@@ -26,23 +29,59 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing, unreadable, or does not say enough."""
 
 
+class _Recording:
+    """A file that keeps the system's error, which torch.save replaces by one of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def atomic_save(obj: object, path: str | Path) -> None:
-    """torch.save that leaves either the old file or the complete new one, also after a crash or a power cut."""
+    """torch.save that leaves either the old file or the complete new one, also after a crash or a power cut.
+
+    Raises:
+        WriteError: the file can't be written; the old one is as it was.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                recording = _Recording(file)
+                try:
+                    torch.save(obj, recording)
+                except Exception:
+                    if recording.error is not None:
+                        raise recording.error from None
+                    raise
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes what saves that were killed left half-written. Only for the one process that saves there."""
+    for path in directory.glob(".checkpoint_*.pt.*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def safe_load(path: str | Path) -> object:
@@ -52,11 +91,11 @@ def safe_load(path: str | Path) -> object:
         CheckpointError: the file is missing, truncated or not a plain checkpoint.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_tensors(path)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
-    except Exception as error:  # torch raises many types for broken files
-        raise CheckpointError(f"{path} is not a readable checkpoint ({type(error).__name__}: {error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -77,7 +116,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
         CheckpointError: neither is there.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         found = list_checkpoints(path)
         if not found:
@@ -209,7 +248,9 @@ def load_generator(path: str | Path, weights: str = "auto", **overrides) -> SPAD
         state = loaded
         options = _infer_generator_options(_strip(loaded), overrides, path)
     elif isinstance(loaded, Mapping) and loaded.get("format") == FORMAT:
-        part = loaded["ema" if weights != "last" and "ema" in loaded else "generator"]
+        part = loaded.get("ema" if weights != "last" and "ema" in loaded else "generator")
+        if not isinstance(part, Mapping) or not part.keys() >= {"state_dict", "options"}:
+            raise CheckpointError(f"{path} holds no generator with its options")
         state, options = part["state_dict"], {**part["options"], **overrides}
     else:
         raise CheckpointError(f"{path} is neither a checkpoint of this package ({FORMAT}) nor a bare state dict")

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lambda_l1": 10.0,
     },
 }
+PATHS = ("dataroot", "image_dir", "label_dir", "instance_dir", "file_list", "vgg_weights", "out")
+MAX_SEED = 2**43 - 1  # seed * 1_000_003 + step, which seeds each step's noise, has to fit 64 bits
 AMP_MODES = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -217,7 +220,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
 def read_file(path: str | Path) -> dict[str, Any]:
     """Options of a JSON file. Raises ConfigError for a file that can't be read, an unknown key or a wrong type."""
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ConfigError(f"{path}: not a readable JSON file: {e}") from e
     if not isinstance(values, dict):
@@ -263,6 +266,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises ConfigError naming the option.
     """
     c = dataclasses.replace(config)
+    for name in PATHS:
+        if getattr(c, name) is not None:
+            # Absolute, so that a run can be resumed in another working directory.
+            setattr(c, name, os.path.abspath(os.path.expanduser(getattr(c, name))))
     defaults = data.default_options(c.dataset)
     for name in ("crop_size", "aspect_ratio", "preprocess"):
         if getattr(c, name) is None:
@@ -293,6 +300,7 @@ def _check(c: TrainConfig) -> None:
         need(getattr(c, name) >= 0, name, "0 or more")
     for name in ("z_dim", "num_classes", "synthetic_size", "steps", "epochs", "max_minutes", "aspect_ratio", "lr"):
         need(getattr(c, name) is None or getattr(c, name) > 0, name, "above 0")
+    need(c.seed <= MAX_SEED, "seed", f"at most {MAX_SEED}")
     for name in ("beta1", "beta2", "ema"):
         need(0 <= getattr(c, name) < 1, name, "in [0, 1)")
     need(c.decay_from is None or c.decay_from >= 0, "decay_from", "0 or more")

@@ -30,6 +30,8 @@ class ModulationNetwork:
     gamma_offset: 1 in the paper.
     padding: ``zeros`` or ``reflect``, of all convolutions, by k // 2.
     instance_eps: if given, gamma and beta each pass an instance norm without parameters first.
+    gamma_out, beta_out: (weight [C', C, 1, 1], bias [C'] or None) of a 1×1 convolution of gamma and of beta after all
+        that; C' is then the channels of x.
     """
 
     shared_weight: Tensor
@@ -42,6 +44,8 @@ class ModulationNetwork:
     gamma_offset: float = 1.0
     padding: str = "zeros"
     instance_eps: float | None = None
+    gamma_out: tuple[Tensor, Tensor | None] | None = None
+    beta_out: tuple[Tensor, Tensor | None] | None = None
 
     def __post_init__(self) -> None:
         if self.padding not in ("zeros", "reflect"):
@@ -66,6 +70,10 @@ class ModulationNetwork:
     @property
     def kernel_size(self) -> int:
         return self.shared_weight.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        return (self.gamma_weight if self.gamma_out is None else self.gamma_out[0]).shape[0]
 
     @property
     def label_nc(self) -> int:
@@ -107,11 +115,11 @@ def gamma_beta(
     """
     shape = reference.segmap_shape(labels)
     found = _parameters(labels, network, tuple(shape[2:]) if size is None else size)
-    if found.patterns is None:
-        gamma, beta = found.values.chunk(2, dim=1)
-        return gamma, beta
-    gamma, beta = F.embedding(found.patterns.ids.to(torch.int64), found.values).permute(0, 3, 1, 2).chunk(2, dim=1)
-    return gamma, beta
+    values = found.values
+    if found.patterns is not None:
+        values = F.embedding(found.patterns.ids.to(torch.int64), values).permute(0, 3, 1, 2)
+    channels = network.channels
+    return values[:, :channels], values[:, channels:]  # slices, unlike chunks, may be written to under autograd
 
 
 def spade(x: Tensor, labels: LabelMap | Tensor, network: ModulationNetwork, norm: Norm = None) -> Tensor:
@@ -132,7 +140,7 @@ def spade(x: Tensor, labels: LabelMap | Tensor, network: ModulationNetwork, norm
     Raises:
         ValueError: labels or x that do not fit the network; an unknown norm.
     """
-    channels = network.gamma_weight.shape[0]
+    channels = network.channels
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"x must have shape [N, {channels}, H, W], got {list(x.shape)}")
     if len(labels) != len(x):
@@ -155,20 +163,21 @@ def positional_norm(x: Tensor) -> Tensor:
 
 def conditioning(labels: LabelMap | Tensor) -> LabelMap | ConstantsAndLabels | Tensor:
     """What a map stands for: a LabelMap, one behind constant channels, or itself."""
-    if not isinstance(labels, Tensor):
-        return labels
-    return recognized(labels, _find)
-
-
-def _find(labels: Tensor) -> LabelMap | ConstantsAndLabels | Tensor:
     found = layers.recognise(labels)
-    if found is not labels or labels.requires_grad or labels.is_meta or torch.compiler.is_compiling():
+    if found is not labels or isinstance(labels, LabelMap):
         return found
-    if labels.dim() != 4 or labels.numel() == 0 or not labels.is_floating_point():
+    if labels.requires_grad or labels.is_meta or torch.compiler.is_compiling() or not labels.is_floating_point():
         return labels
+    found = recognized(labels, _behind_constants)
+    return labels if found is None else found
+
+
+def _behind_constants(labels: Tensor) -> ConstantsAndLabels | None:
+    if labels.dim() != 4 or labels.numel() == 0:
+        return None
     values = labels.detach()
     if not bool((values[:, :1] == values[:, :1, :1, :1]).all()):
-        return labels
+        return None
     constant = (values == values[:, :, :1, :1]).all(3).all(2).all(0)
     count = int(constant.to(torch.uint8).cummin(0).values.sum())
     # A label that no image or every pixel of an image has is constant too: channels of 0 and 1 are left to the labels.
@@ -177,11 +186,9 @@ def _find(labels: Tensor) -> LabelMap | ConstantsAndLabels | Tensor:
     while count and plain[count - 1]:
         count -= 1
     if count == 0 or count == values.shape[1]:
-        return labels
-    rest = layers.recognise(values[:, count:])
-    if not isinstance(rest, LabelMap) or rest.has_edges:
-        return labels
-    return ConstantsAndLabels(values[:, :count, 0, 0].clone(), rest)
+        return None
+    rest = LabelMap.from_segmap(values[:, count:])
+    return None if rest is None or rest.has_edges else ConstantsAndLabels(first[:, :count].clone(), rest)
 
 
 def _parameters(
@@ -213,7 +220,8 @@ def _parameters(
         found = found.to(network.shared_weight.dtype)
         hidden = _activate(_convolve(found, network.shared_weight, network.shared_bias, reflect), network.hidden_slope)
     gamma_bias = network.gamma_bias
-    if gamma_shift and network.instance_eps is None:
+    last = network.instance_eps is None and network.gamma_out is None
+    if gamma_shift and last:
         gamma_bias = _bias(network.gamma_weight, gamma_bias) + gamma_shift
     if patterns is None:
         values = _by_pixel(hidden, network, gamma_bias, reflect)
@@ -230,10 +238,18 @@ def _parameters(
         )
     if network.instance_eps is not None:
         values = _instance_norm(values, patterns, network.instance_eps)
-        if gamma_shift:
-            gamma, beta = values.chunk(2, dim=1)
-            values = torch.cat([gamma + gamma_shift, beta], dim=1)
+    if network.gamma_out is not None:
+        halves = zip(values.chunk(2, dim=1), (network.gamma_out, network.beta_out), strict=True)
+        values = torch.cat([_mix(half, *out) for half, out in halves], dim=1)
+    if gamma_shift and not last:
+        gamma, beta = values.chunk(2, dim=1)
+        values = torch.cat([gamma + gamma_shift, beta], dim=1)
     return _Parameters(values, patterns)
+
+
+def _mix(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1×1 convolution of values by pattern [P, C], or by pixel [N, C, H, W]."""
+    return F.conv2d(values, weight, bias) if values.dim() == 4 else F.linear(values, weight.flatten(1), bias)
 
 
 def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -293,14 +309,15 @@ def _instance_norm(values: Tensor, patterns: Patterns | None, eps: float) -> Ten
     """The instance norm of a map given by pixel, or by pattern: statistics are then weighted by the patterns' sizes."""
     if patterns is None:
         return F.instance_norm(values, eps=eps)
-    n, pixels = len(patterns.ids), patterns.ids[0].numel()
+    # In float64: the table is small, and sums over patterns of very different sizes cancel in its gradient.
+    rows, n, pixels = values.to(torch.float64), len(patterns.ids), patterns.ids[0].numel()
     counts = torch.tensor(patterns.counts, device=values.device)
     image = torch.arange(n, device=values.device).repeat_interleave(counts)
-    sizes = torch.bincount(patterns.ids.reshape(-1), minlength=len(values)).to(values.dtype)[:, None] / pixels
-    mean = values.new_zeros(n, values.shape[1]).index_add(0, image, values * sizes)
-    centered = values - mean[image]
-    variance = values.new_zeros(n, values.shape[1]).index_add(0, image, centered.square() * sizes)
-    return centered * torch.rsqrt(variance + eps)[image]
+    sizes = torch.bincount(patterns.ids.reshape(-1), minlength=len(rows)).to(rows.dtype)[:, None] / pixels
+    mean = rows.new_zeros(n, rows.shape[1]).index_add(0, image, rows * sizes)
+    centered = rows - mean[image]
+    variance = rows.new_zeros(n, rows.shape[1]).index_add(0, image, centered.square() * sizes)
+    return (centered * torch.rsqrt(variance + eps)[image]).to(values.dtype)
 
 
 def is_native(norm: Norm) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spade_fast import ops, reference, sync
 from spade_fast.as_built import changed, changed_convolution, changed_norm, torch_only
+from spade_fast.dense import dense_gamma_beta
 from spade_fast.label_map import LabelMap
 from spade_fast.map_scope import recognized
 from spade_fast.patterns import Patterns
@@ -137,7 +138,10 @@ class FusedSPADE(nn.Module):
 
     def pixel_params(self, segmap: Tensor, size: tuple[int, int]) -> Tensor:
         """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel, from a dense map [N, label_nc, h, w]."""
-        return self._gamma_beta(self.mlp_shared(self._resized(segmap, size)))
+        shared, gamma, beta = self.mlp_shared[0], self.mlp_gamma, self.mlp_beta
+        return dense_gamma_beta(
+            segmap, size, shared.weight, shared.bias, gamma.weight, gamma.bias, beta.weight, beta.bias
+        )
 
     def module_params(self, labels: LabelMap | Tensor, size: tuple[int, int]) -> Tensor:
         """The same through the submodules' own forwards."""
@@ -285,7 +289,7 @@ def _alike(a: FusedSPADE, b: FusedSPADE) -> bool:
         and a.kernel_size == b.kernel_size
         and getattr(one, "eps", None) == getattr(other, "eps", None)
         and one.training == other.training
-        and getattr(one, "running_mean", None) is None == (getattr(other, "running_mean", None) is None)
+        and (getattr(one, "running_mean", None) is None) == (getattr(other, "running_mean", None) is None)
         and sync.layer_group(a) == sync.layer_group(b)
     )
 
@@ -323,6 +327,8 @@ def _modulate_again(slope: float, upsample: int, depends: bool, x, mean, rstd, p
 def recognise(labels: LabelMap | Tensor) -> LabelMap | Tensor:
     """The LabelMap that a one-hot tensor stands for, or labels itself. Inside a `map_scope`, found once a tensor."""
     if not isinstance(labels, Tensor) or labels.requires_grad or labels.is_meta or torch.compiler.is_compiling():
+        return labels
+    if type(labels) not in (Tensor, nn.Parameter):  # a fake or distributed tensor has no values to look at
         return labels
     found = recognized(labels, LabelMap.from_segmap)
     return labels if found is None else found

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ Found = TypeVar("Found")
 
 
 class _Open(threading.local):
-    # (question, id(tensor)) -> (tensor, version, answer); holding the tensor keeps its id its own
+    # (question, id(tensor)) -> (weak reference to the tensor, version, answer): ids of dead tensors are given again
     known: dict | None = None
 
 
@@ -41,6 +42,6 @@ def recognized(tensor: Tensor, find: Callable[[Tensor], Found]) -> Found:
         return find(tensor)
     version = None if tensor.is_inference() else tensor._version  # an inference tensor has none
     entry = known.get((find, id(tensor)))
-    if entry is None or entry[1] != version:
-        entry = known[find, id(tensor)] = (tensor, version, find(tensor))
+    if entry is None or entry[0]() is not tensor or entry[1] != version:
+        entry = known[find, id(tensor)] = (weakref.ref(tensor), version, find(tensor))
     return entry[2]

@@ -188,6 +188,7 @@ def nearest_index(size: int, to: int, device: torch.device | str = "cpu") -> Ten
 
     min(floor(i * scale), size - 1) with scale = size / to, all in float32, as ATen computes it for float32 maps.
     """
-    scale = (torch.tensor(size, dtype=torch.float32) / torch.tensor(to, dtype=torch.float32)).item()
+    one, other = (torch.tensor(n, dtype=torch.float32, device="cpu") for n in (size, to))  # not the default device
+    scale = (one / other).item()
     index = (torch.arange(to, dtype=torch.float32, device=device) * scale).floor().to(torch.int64)
     return index.clamp_(max=size - 1)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from spade_fast.files import writing
+
 _GAP = 6  # pixels between the cells of a sheet
 _LINE = 14  # height of a caption line in Pillow's built-in font
 _SMALL = 160  # pixels
@@ -88,7 +90,8 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
 
 
 def save_png(picture: Image.Image | np.ndarray, path: str | Path) -> None:
-    """Writes a PNG, creating its directory."""
+    """Writes a PNG, creating its directory. Raises WriteError when it can't be written."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path, format="PNG")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path, format="PNG")

@@ -32,6 +32,7 @@ def describe(config: TrainConfig) -> str:
     terms = {"GAN": 1.0, "feature matching": config.lambda_feat, "VGG": config.lambda_vgg, "L1": config.lambda_l1}
     if config.use_vae:
         terms["KL"] = config.lambda_kl
+    updates = -(-steps // config.d_steps_per_g)
     lines = [
         f"dataset        {config.dataset}, {len(dataset)} training samples, {dataset.num_classes} classes{edges}",
         f"images         {height} x {width} (height x width), {config.preprocess}",
@@ -40,6 +41,7 @@ def describe(config: TrainConfig) -> str:
         *_memory(config, nets, vgg, dataset.label_nc),
         f"batch          {config.batch_size}: {per_epoch} steps an epoch",
         f"length         {steps} steps, {steps * config.batch_size} images, {steps / per_epoch:.4g} epochs",
+        f"updates        generator {updates}, discriminator {steps}",
         f"losses         {config.gan_mode}; " + ", ".join(f"{n} x{w:g}" for n, w in terms.items() if w > 0),
         f"Adam           beta1 {config.beta1:g}, beta2 {config.beta2:g}",
         *_learning_rates(config, epochs),

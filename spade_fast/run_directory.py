@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
 import random
+import socket
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
-from spade_fast.checkpoint import atomic_save, checkpoint_path, list_checkpoints, safe_load
+from spade_fast.checkpoint import atomic_save, checkpoint_path, list_checkpoints, remove_leftovers, safe_load
+from spade_fast.files import cause, writing
+
+LOCK = ".lock"
 
 
 class RunDirectoryError(RuntimeError):
@@ -23,17 +31,74 @@ class RunDirectory:
     """Files of one run. Nothing is written before `create`."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
         self.config = self.path / "config.json"
         self.stats = self.path / "stats.jsonl"
         self.samples = self.path / "samples"
+        self._lock: IO[str] | None = None
+        self._made: list[Path] = []
 
     def require_new(self) -> None:
         """Raises RunDirectoryError when the directory holds anything already."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(entry.name != LOCK for entry in self.path.iterdir())):
             raise RunDirectoryError(
                 f"{self.path} exists and is not empty: --resume continues the run in it, another --out starts a new one"
             )
+
+    def lock(self) -> None:
+        """Keeps other processes out until `unlock` or the end of this one, however it ends; then removes what killed
+        saves left. Makes the directory.
+
+        Raises:
+            RunDirectoryError: another process trains in it.
+            WriteError: it can't be written.
+        """
+        if self._lock is not None:
+            return
+        path = self.path / LOCK
+        with writing(self.path):
+            missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._made = missing
+        while self._lock is None:
+            with writing(path):
+                file = open(path, "a+")  # noqa: SIM115 -- open for as long as the lock is held
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read().strip()
+                file.close()
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise RunDirectoryError(
+                        f"{self.path}: another process ({holder or 'unknown'}) trains in this directory; wait for its "
+                        "end, stop it, or take another --out"
+                    ) from None
+                warnings.warn(f"{path}: this file system has no locks ({cause(error)})", stacklevel=2)
+                return
+            # The process that held it may have removed the file between the two calls.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                self._lock = file
+            else:
+                file.close()
+        with writing(path):
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._lock.flush()
+        remove_leftovers(self.path)
+
+    def unlock(self) -> None:
+        """Lets others in; a directory that `lock` made and nothing was written to goes."""
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):
+            (self.path / LOCK).unlink()
+        with contextlib.suppress(OSError):  # of a full disk, on what was not flushed
+            self._lock.close()
+        self._lock = None
+        with contextlib.suppress(OSError):  # not empty
+            for folder in self._made:
+                folder.rmdir()
 
     def require_run(self) -> None:
         """Raises RunDirectoryError when there is no run to resume."""
@@ -41,7 +106,8 @@ class RunDirectory:
             raise RunDirectoryError(f"--resume: {self.path} has no run in it ({self.config.name} is missing)")
 
     def create(self) -> None:
-        self.samples.mkdir(parents=True, exist_ok=True)
+        with writing(self.samples):
+            self.samples.mkdir(parents=True, exist_ok=True)
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint files, oldest first."""
@@ -84,7 +150,8 @@ class RunDirectory:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
-        self.stats.write_text("".join(kept))
+        with writing(self.stats):
+            self.stats.write_text("".join(kept))
 
 
 def random_state() -> dict[str, Any]:

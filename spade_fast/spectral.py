@@ -175,7 +175,6 @@ class SpectralConv2d(nn.Conv2d):
         return (
             torch.compiler.is_compiling()
             or torch_only()
-            or self.weight_orig.is_meta
             or self.padding_mode != "zeros"
             or isinstance(self.padding, str)
             or "_conv_forward" in self.__dict__
@@ -220,7 +219,8 @@ def _in_order_of(weight: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, geometry: tuple) -> Tensor:
     """conv(x, weight / sigma) + bias. The division goes over the smaller of weight and output."""
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+    cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else weight.dtype
     if x.numel() // max(1, x.shape[1]) * weight.shape[0] >= weight.numel():
         return F.conv2d(x, weight / sigma, bias, *geometry)
     y = F.conv2d(x, _in_order_of(weight, x, dtype), None, *geometry)

@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and Ctrl-C as a wish to stop that the training loop fulfils after the step it is in."""
+"""Signals as a wish to stop that the training loop fulfils after the step it is in, by saving.
+
+    SIGTERM            the scheduler, or kill
+    SIGINT             Ctrl-C; a second one ends the program at once, without saving
+    SIGHUP             the terminal is gone; ignored where it is at the start, as under nohup
+    SIGUSR1, SIGUSR2   a warning before the end of a job's time, as of Slurm's --signal
+
+A second signal other than SIGINT changes nothing: launchers and schedulers send several to each process.
+"""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
 
+STOPPING = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"))
+
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT is kept in `received`; a second SIGINT interrupts at once."""
+    """While entered, the first signal of STOPPING is kept in `received`; a SIGINT after it interrupts at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -17,10 +27,13 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        if self.received is None:
+            self.received = signal.Signals(number)
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPPING:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -32,8 +45,9 @@ class StopSignals:
 def worker_signals(worker: int) -> None:
     """For data-loading processes: a signal to the whole process group must not end them before the last step.
 
-    Ctrl-C they ignore. Of SIGTERM only the first: a second ends them, as the loader does when they do not end by
-    themselves.
+    Of STOPPING they ignore all but SIGTERM, and of SIGTERM only the first: a second ends them, as the loader does when
+    they do not end by themselves.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))

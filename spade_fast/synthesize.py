@@ -8,9 +8,10 @@ depend on which others are made with it.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from spade_fast.checkpoint import FORMAT, WEIGHTS, CheckpointError, load_encoder
 from spade_fast.config import ConfigError, migrate, parse
 from spade_fast.data.reading import read_image
 from spade_fast.data.transforms import image_to_tensor
+from spade_fast.files import WriteError, one_line, require_writable, run_command, writing
 from spade_fast.models.generator import UPSAMPLING_LAYERS
 from spade_fast.reference import NORMS
 
@@ -79,7 +81,7 @@ def draw_z(count: int, z_dim: int, seed: int, name: str) -> Tensor:
 
 def style_of(path: str, encoder: models.ConvEncoder, device: torch.device) -> tuple[Tensor, Tensor]:
     """(mu, logvar), each [1, z_dim], of a photo."""
-    image = image_to_tensor(np.asarray(read_image(path)))[None].to(device)
+    image = image_to_tensor(np.asarray(read_image(os.path.expanduser(path))))[None].to(device)
     with torch.inference_mode():
         mu, logvar = encoder(image)
     return mu.cpu(), logvar.cpu()
@@ -105,6 +107,8 @@ def unique_name(path: str, taken: set[str]) -> str:
 def run(args: argparse.Namespace) -> Path:
     """Makes the images and the contact sheet; returns the sheet's path."""
     device = pick_device(args.device)
+    args.out = Path(os.path.expanduser(args.out))
+    require_writable(args.out)
     recall(args)
     overrides = {
         name: getattr(args, name)
@@ -129,7 +133,8 @@ def run(args: argparse.Namespace) -> Path:
         style = style_of(args.style_image, encoder, device)
     dataset = open_maps(args, generator)
 
-    args.out.mkdir(parents=True, exist_ok=True)
+    with writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     rows: list[list[np.ndarray]] = []
     captions: list[str] = []
     taken: set[str] = {"contact_sheet"}
@@ -159,7 +164,9 @@ def run(args: argparse.Namespace) -> Path:
 def recall(args: argparse.Namespace) -> None:
     """Fills what the command line leaves open with what the checkpoint was trained on."""
     loaded: Any = safe_load(resolve(args.checkpoint))
-    known = migrate(loaded.get("training", {}).get("config", {})) if loaded.get("format") == FORMAT else {}
+    ours = isinstance(loaded, Mapping) and loaded.get("format") == FORMAT  # anything else is load_generator's to refuse
+    training = loaded.get("training") if ours else None
+    known = migrate(training.get("config") or {}) if isinstance(training, Mapping) else {}
     if args.dataset is None and args.label_dir is None:
         args.dataset = known.get("dataset")
     same = args.dataset == known.get("dataset") or args.dataset is None
@@ -226,11 +233,14 @@ def main(argv: list[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
         run(args)
-    except (ConfigError, data.DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except (ConfigError, data.DataError, CheckpointError, WriteError, OSError) as error:
+        text = one_line(error) if isinstance(error, OSError) else str(error)
+        print(f"error: {text}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -13,17 +13,22 @@ import sys
 from spade_fast import config as cfg
 from spade_fast.checkpoint import CheckpointError
 from spade_fast.data import DataError
+from spade_fast.files import WriteError, one_line, run_command
 from spade_fast.models import VGGWeightsError
 from spade_fast.monitor import MissingExtraError
 from spade_fast.plan import describe
 from spade_fast.run_directory import RunDirectory, RunDirectoryError
 from spade_fast.trainer import NonFiniteError, Trainer
 
-USER_ERRORS = (cfg.ConfigError, DataError, RunDirectoryError, VGGWeightsError, MissingExtraError, CheckpointError)
+USER_ERRORS = (
+    *(cfg.ConfigError, DataError, RunDirectoryError, VGGWeightsError, MissingExtraError, CheckpointError),
+    *(WriteError, OSError),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 finished or stopped by SIGTERM or time limit, 130 Ctrl-C, 2 non-finite loss, 1 other errors."""
+    """Exit status: 0 finished or stopped by time limit or signal (`spade_fast.stopping`), 130 Ctrl-C, 2 non-finite
+    loss, 1 other errors."""
     parser = argparse.ArgumentParser(
         prog="python -m spade_fast.train", description=__doc__.splitlines()[0], allow_abbrev=False
     )
@@ -55,8 +60,11 @@ def main(argv: list[str] | None = None) -> int:
     except NonFiniteError as error:
         print(f"{who}error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except USER_ERRORS as error:
-        print(f"{who}error: {error}", file=sys.stderr)
+        text = one_line(error) if isinstance(error, OSError) else str(error)
+        print(f"{who}error: {text}", file=sys.stderr)
         if trainer is not None and trainer.last_checkpoint is not None:
             print(f"Saved {trainer.last_checkpoint}; --resume continues from there.", file=sys.stderr)
         return 1
@@ -82,4 +90,4 @@ def start(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(start())
+    sys.exit(run_command(start))

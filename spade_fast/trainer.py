@@ -19,17 +19,19 @@ from spade_fast import batches, data, models, pictures
 from spade_fast.building import build_networks, check_size, label_map, length, open_dataset, steps_per_epoch
 from spade_fast.checkpoint import FORMAT, checkpoint_path
 from spade_fast.config import BEFORE_INIT, RESUME_FIXED, ConfigError, TrainConfig, flag, migrate
+from spade_fast.files import writing
 from spade_fast.label_map import LabelMap
 from spade_fast.monitor import Monitor, import_tqdm
 from spade_fast.profiling import StepProfile, span
 from spade_fast.ranks import Ranks
 from spade_fast.run_directory import RunDirectory, RunDirectoryError, random_state, restore_random_state
 from spade_fast.schedule import lr_factor
-from spade_fast.stopping import StopSignals
+from spade_fast.stopping import STOPPING, StopSignals
 from spade_fast.training_step import TrainingStep
 
 NON_FINITE_LIMIT = 20  # consecutive steps whose losses fp16 may lose to overflow before that is no loss scale's doing
-REASONS = ("SIGTERM", "SIGINT", "time", "fault")
+SIGNALS = tuple(signal.name for signal in STOPPING)
+REASONS = (*SIGNALS, "time", "fault")
 
 
 class NonFiniteError(RuntimeError):
@@ -55,6 +57,18 @@ class Trainer:
             self.directory.require_run()
         elif self.ranks.is_main:
             self.directory.require_new()
+        if self.ranks.is_main:
+            self.directory.lock()
+        try:
+            if not resume and self.ranks.is_main:
+                self.directory.require_new()  # again: another process may have been faster
+            self._prepare(resume)
+        except BaseException:
+            self.directory.unlock()
+            raise
+
+    def _prepare(self, resume: bool) -> None:
+        config = self.config
         import_tqdm()  # fails now if it is missing, not after the data is read
         self.device = self.ranks.device
         if config.tf32:
@@ -71,6 +85,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.nets = build_networks(config, self.dataset.label_nc)
         check_size(config, self.dataset, self.nets["generator"])
+        self._check_statistics()
         for net in self.nets.values():
             models.init_weights(net, config.init)
             net.to(self.device).train()
@@ -87,6 +102,20 @@ class Trainer:
         if resume:
             self._restore()
         self.ranks.same(self.step, "the step to start from")
+
+    def _check_statistics(self) -> None:
+        """Raises ConfigError when a norm of the generator would see one value a channel in some micro-batch."""
+        c = self.config
+        if c.norm not in ("batch", "syncbatch"):
+            return
+        share = c.batch_size // (self.ranks.world if c.norm == "batch" else 1) // c.accumulate
+        height, width = self.nets["generator"].start
+        if height * width * share == 1:
+            raise ConfigError(
+                f"--norm {c.norm} has one value a channel to normalise: the generator starts from 1 pixel with "
+                f"--crop-size {c.crop_size}, and a micro-batch is 1 image with --batch-size {c.batch_size}, "
+                f"--accumulate {c.accumulate} and {self.ranks.world} processes; take a larger crop or batch"
+            )
 
     def _share_statistics(self) -> None:
         """Plain layers: torch's own synchronised norm, which is for GPUs. FusedSPADE shares by itself."""
@@ -120,7 +149,7 @@ class Trainer:
     # The loop
 
     def train(self, profile: int | None = None) -> str:
-        """Trains to the end. Returns why it stopped: "finished", "time", "SIGTERM" or "SIGINT", or "fault" when another
+        """Trains to the end. Returns why it stopped: "finished", "time", a signal's name, or "fault" when another
         process has a sample it can't use; it has saved then.
 
         profile: after so many steps, write where the next ones go (`spade_fast.profiling`) to profile/.
@@ -129,9 +158,17 @@ class Trainer:
             data.DataError: a sample can't be used; the run is saved and can be resumed once the file is repaired.
             NonFiniteError: see there; nothing is saved.
         """
+        try:
+            return self._train(profile)
+        finally:
+            self.directory.unlock()
+
+    def _train(self, profile: int | None) -> str:
         if self.ranks.is_main:
+            self.directory.lock()
             self.directory.create()
-            self.config.save(self.directory.config)
+            with writing(self.directory.config):
+                self.config.save(self.directory.config)
         profiler, begun = None, self.step
         if profile is not None:
             profiler = StepProfile(profile, self.directory.path / "profile", self.ranks.is_main)
@@ -161,7 +198,7 @@ class Trainer:
                     self.epoch, self.batch = self.epoch + 1, 0
                 monitor.step(terms)
                 if self.config.sample_every and self.step % self.config.sample_every == 0:
-                    self.draw_samples()
+                    self._draw_samples(monitor)
                 reason = next(iter(reasons), None)
                 if reason or self.step % self.config.save_every == 0:
                     self.save()
@@ -175,7 +212,7 @@ class Trainer:
                     raise batch
                 return "fault"
             if self.config.sample_every and self.step % self.config.sample_every:
-                self.draw_samples()
+                self._draw_samples(monitor)
             self.save()
         return "finished"
 
@@ -192,7 +229,7 @@ class Trainer:
     ) -> tuple[dict[str, float], list[str]]:
         """(the losses of the whole batch, why to stop), the same in every process: the step's one wait for the GPU."""
         received = stop.received.name if stop.received else None
-        flags = [received == "SIGTERM", received == "SIGINT", late, isinstance(batch, Exception)]
+        flags = [*(received == name for name in SIGNALS), late, isinstance(batch, Exception)]
         mine = torch.tensor(flags, dtype=torch.float32).to(self.device, non_blocking=True)
         values = torch.cat([torch.stack([*terms.values()]).float(), mine]) if terms else mine
         values = self.ranks.sum(values).tolist()
@@ -312,6 +349,10 @@ class Trainer:
             images.append(net(labels, z).cpu())
         self.generator.train()
         return torch.cat(images)
+
+    def _draw_samples(self, monitor: Monitor) -> None:
+        with monitor.unless_full("pictures of samples"):
+            self.draw_samples()
 
     def draw_samples(self) -> Path | None:
         """Writes samples/step_{step:08d}.png, label map, synthesized, real, and returns its path; rank 0 does."""

@@ -333,7 +333,7 @@ def test_size_mismatch_is_named(folder):
 
 
 def test_exif_rotation_is_blamed(folder):
-    image = Image.new("RGB", (32, 40))
+    image = Image.new("RGB", (40, 32))
     exif = image.getexif()
     exif[0x0112] = 6
     image.save(folder / "img/2.jpg", exif=exif)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from spade_fast import FusedSPADE, LabelMap, reference
+from spade_fast import dense as dense_module
 
 CHANNELS, CLASSES = 6, 4
 
@@ -454,3 +455,22 @@ def test_spectral_norm_can_be_removed():
         assert not any("weight_orig" in name or "weight_u" in name for name in net.state_dict())
         torch.testing.assert_close(net(labels), expected, rtol=1e-10, atol=1e-10)
         copy.deepcopy(net)(labels)
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    plain, fused = pair()
+    safetensors.save_file(fused.state_dict(), tmp_path / "layer.safetensors")
+    state = safetensors.load_file(tmp_path / "layer.safetensors")
+    assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["one-hot", "dense"])
+def test_another_default_device(kind):
+    dense_module._factors.cache_clear()  # what an earlier test found would hide a fault
+    plain, fused = pair("instance")
+    x = torch.randn(2, CHANNELS, 100, 100, dtype=torch.float64)
+    segmap = maps().one_hot(torch.float64) if kind == "one-hot" else dense(maps())
+    with torch.device("meta"):
+        expected, actual = plain(x, segmap), fused(x, segmap)
+    torch.testing.assert_close(actual, expected)

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -220,5 +222,41 @@ def test_a_scope_remembers_by_tensor_question_and_version():
         assert recognized(a.clone(), find) != first
         a.add_(1)
         assert recognized(a, find) != first
+        for size in range(1, 50):  # a dead tensor's id may soon be another's
+            short = torch.zeros(size)
+            assert recognized(short, torch.Tensor.numel) == size
+            alive = weakref.ref(short)
+            del short
+            assert alive() is None  # the scope does not keep maps
     with map_scope():
         assert recognized(a, find) == len(asked)
+
+
+def test_a_convolution_after_the_instance_norm():
+    torch.manual_seed(0)
+
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=torch.float64) * 0.3
+
+    gamma, beta, outs = (
+        (tensor(8, 8, 3, 3), tensor(8)),
+        (tensor(8, 8, 3, 3), tensor(8)),
+        [(tensor(6, 8, 1, 1), tensor(6))],
+    )
+    outs.append((tensor(6, 8, 1, 1), None))
+    shared = tensor(8, 5, 3, 3), tensor(8)
+    network = ModulationNetwork(*shared, *gamma, *beta, gamma_offset=0.0, instance_eps=1e-5, gamma_out=outs[0])
+    network.beta_out = outs[1]
+    x = tensor(2, 6, 10, 12)
+    ids = torch.randint(5, (2, 5, 6))
+    for cells in (2, 1):  # by pattern, by pixel
+        onehot = F.one_hot(ids.repeat_interleave(cells, 1).repeat_interleave(cells, 2), 5).movedim(-1, 1).double()
+        hidden = F.relu(F.conv2d(onehot, *shared, padding=1))
+        want = [
+            F.conv2d(F.instance_norm(F.conv2d(hidden, *conv, padding=1)), *out)
+            for conv, out in zip((gamma, beta), outs, strict=True)
+        ]
+        torch.testing.assert_close(list(gamma_beta(onehot, network)), want, rtol=1e-9, atol=1e-9)
+        if cells == 2:
+            out = spade(x, onehot, network)
+            torch.testing.assert_close(out, x * want[0] + want[1], rtol=1e-9, atol=1e-9)

@@ -179,5 +179,5 @@ def test_native_op_names_what_is_wrong():
     native = torch.ops.spade_fast_native.recognize
     with pytest.raises(RuntimeError, match=r"segmap must have shape \[N, L, H, W\] .* got \[3, 4, 4\]"):
         native(torch.zeros(3, 4, 4))
-    with pytest.raises(RuntimeError, match="segmap must hold integers, booleans or floating point .* ComplexFloat"):
+    with pytest.raises(RuntimeError, match=r"segmap must hold integers, booleans or floating point .* ComplexFloat"):
         native(torch.zeros(1, 3, 4, 4, dtype=torch.complex64))

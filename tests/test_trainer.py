@@ -268,12 +268,14 @@ def test_time_limit_saves_and_can_be_resumed(tmp_path):
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     out = tmp_path / "run"
     argv = ["--preset", "synthetic", "--epochs", "4", "--decay-from", "1", "--synthetic-size", "20", "--out", str(out)]
+    argv += ["--d-steps-per-g", "3"]
     assert main([*argv, "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert not out.exists()
     assert "20 training samples" in text
     assert "8: 2 steps an epoch" in text  # 20 // 8
     assert "8 steps, 64 images" in text
+    assert "generator 3, discriminator 8\n" in text  # in steps 0, 3 and 6
     for epoch, lr in ((0, 1e-4), (1, 1e-4), (2, 1e-4 * 2 / 3), (3, 1e-4 / 3)):
         assert f"epoch {epoch}: generator {lr:.3g}, discriminator {4 * lr:.3g}" in text
 

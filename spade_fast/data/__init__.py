@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from . import ade20k, cityscapes, coco, folder, synthetic
-from .base import FileDataset, SegmentationDataset
+from .base import FileDataset, SegmentationDataset, Spec
+from .matching import FileList
 from .reading import IGNORE, DataError
 from .synthetic import SyntheticDataset
 from .transforms import PREPROCESS_MODES, Geometry, default_load_size, instances_to_edges
@@ -83,10 +85,11 @@ def make_dataset(
         dataroot: the dataset's folder; see the module of each dataset for what lies in it.
         image_dir, label_dir, instance_dir: folders to use instead of those below dataroot.
         num_classes: for "folder"; the other datasets have theirs.
-        ignore_value: stored label value whose pixels get no class (IGNORE).
+        ignore_value: stored label value whose pixels get no class (IGNORE); it may be negative.
         shift_labels: move ADE20K's labels down by one, so that 0 (unknown) becomes class 150; the default takes them
             as stored, as the authors' released weights were trained.
-        file_list: a text file with the name of a sample a line (without suffix); only those are used.
+        file_list: a UTF-8 text file with the name of a sample a line; only those are used, and each must be there. A
+            name may have its suffix, and folders before it.
         use_edges: instance edges as a further channel, where the dataset has instance maps.
         crop_size: width of the result in pixels.
         load_size: width (or short side) before the crop, by default 286/256 of it; in phase "val" resize_and_crop
@@ -132,35 +135,59 @@ def make_dataset(
 
     root = _folder(dataroot)
     given = {"image_dir": _folder(image_dir), "label_dir": _folder(label_dir), "instance_dir": _folder(instance_dir)}
+    names = None if file_list is None else FileList(file_list)
+
+    def open_phase(phase: str) -> FileDataset:
+        return FileDataset(
+            _spec(name, phase, root, given, num_classes, shift_labels, need_images, edges and defaults["use_edges"]),
+            geometry,
+            seed=seed,
+            need_images=need_images,
+            ignore_value=ignore_value,
+            use_edges=edges or (use_edges is None and given["instance_dir"] is not None),
+            keep=_chosen(name, root) if names is None else None,
+            file_list=names,
+            strict=False,
+        )
+
+    dataset = open_phase(phase)
+    if dataset.absent:  # a list may be of both phases
+        with contextlib.suppress(DataError):
+            elsewhere = set(open_phase("val" if phase == "train" else "train").absent)
+            dataset.absent = [fault for fault in dataset.absent if fault in elsewhere]
+    if strict:
+        dataset.require()
+    return dataset
+
+
+def _spec(
+    name: str,
+    phase: str,
+    root: Path | None,
+    given: dict[str, Path | None],
+    num_classes: int | None,
+    shift_labels: bool,
+    need_images: bool,
+    need_instances: bool,
+) -> Spec:
     if name == "folder":
-        spec = folder.spec(name, phase, root, *given.values(), num_classes)
+        return folder.spec(name, phase, root, *given.values(), num_classes)
+    if root is None and given["label_dir"] is None:
+        raise DataError(f"dataset {name}: its folder is not given (--dataroot)")
+    if root is None and need_images and given["image_dir"] is None:
+        raise DataError(f"dataset {name}: a folder of label maps but none of images is given (--image-dir)")
+    if root is None and need_instances and given["instance_dir"] is None:
+        raise DataError(
+            f"dataset {name}: a folder of label maps but none of instance maps is given (--instance-dir); to go "
+            "without, turn edges off"
+        )
+    if name.startswith("ade20k"):
+        spec = ade20k.spec(name, phase, root, shift_labels)
+    elif name == "cityscapes":
+        spec = cityscapes.spec(name, phase, root)
     else:
-        if root is None and given["label_dir"] is None:
-            raise DataError(f"dataset {name}: its folder is not given (--dataroot)")
-        if root is None and need_images and given["image_dir"] is None:
-            raise DataError(f"dataset {name}: a folder of label maps but none of images is given (--image-dir)")
-        if root is None and edges and defaults["use_edges"] and given["instance_dir"] is None:
-            raise DataError(
-                f"dataset {name}: a folder of label maps but none of instance maps is given (--instance-dir); to go "
-                "without, turn edges off"
-            )
-        if name.startswith("ade20k"):
-            spec = ade20k.spec(name, phase, root, shift_labels)
-        elif name == "cityscapes":
-            spec = cityscapes.spec(name, phase, root)
-        else:
-            spec = coco.spec(name, phase, root)
-        spec = dataclasses.replace(spec, **{key: value for key, value in given.items() if value is not None})
-    return FileDataset(
-        spec,
-        geometry,
-        seed=seed,
-        need_images=need_images,
-        ignore_value=ignore_value,
-        use_edges=edges or (use_edges is None and given["instance_dir"] is not None),
-        keep=_chosen(name, root, file_list),
-        strict=strict,
-    )
+        spec = coco.spec(name, phase, root)
+    return dataclasses.replace(spec, **{key: value for key, value in given.items() if value is not None})
 
 
 def _known(name: str) -> None:
@@ -169,21 +196,14 @@ def _known(name: str) -> None:
 
 
 def _folder(path: str | os.PathLike | None) -> Path | None:
-    return None if path is None else Path(path).expanduser()
+    return None if path is None else Path(os.path.expanduser(path))
 
 
-def _chosen(name: str, root: Path | None, file_list: str | os.PathLike | None) -> Callable[[str], bool] | None:
-    """Which samples to use, by the last part of their names; None for all."""
-    if file_list is not None:
-        try:
-            lines = Path(file_list).expanduser().read_text().split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file_list}: cannot read the file list: {error}") from error
-        names = {Path(line.strip()).stem for line in lines if line.strip()}
-    elif name == "ade20k-outdoor":
-        if root is None:
-            raise DataError("dataset ade20k-outdoor: needs --dataroot, for sceneCategories.txt, or --file-list")
-        names = ade20k.outdoor_names(root)
-    else:
+def _chosen(name: str, root: Path | None) -> Callable[[str], bool] | None:
+    """Which samples to use without a file list, by the last part of their names; None for all."""
+    if name != "ade20k-outdoor":
         return None
+    if root is None:
+        raise DataError("dataset ade20k-outdoor: needs --dataroot, for sceneCategories.txt, or --file-list")
+    names = ade20k.outdoor_names(root)
     return lambda key: key.rsplit("/", 1)[-1] in names

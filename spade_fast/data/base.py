@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +11,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .matching import FileList, difference, keyed, none_found, other_kind
 from .reading import (
     IGNORE,
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
     DataError,
-    list_files,
     read_image,
     read_instances,
     read_labels,
+    read_palette,
     size_hint,
 )
 from .transforms import Geometry, instances_to_edges
@@ -137,20 +137,15 @@ def _ranges(values: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in runs)
 
 
-def _keyed(folder: Path, suffixes: frozenset[str], key: Callable[[str], str | None]) -> tuple[dict[str, str], list]:
-    """Files of a folder by key, and a fault for each file whose key another has already."""
-    files: dict[str, str] = {}
-    faults = []
-    for below in list_files(folder, suffixes):
-        name = key(os.path.splitext(below)[0])
-        path = f"{folder}/{below}"
-        if name is None:
-            continue
-        if name in files:
-            faults.append(f"{path}: {files[name]} has the same name; expected one of them")
-        else:
-            files[name] = path
-    return files, faults
+@dataclass(frozen=True)
+class Inspection:
+    """What one sample's files hold: faults; pixels of each class, int64 [num_classes], or None if unreadable; and, for
+    a label map with a palette, the colour of each stored value that occurs."""
+
+    faults: list[str]
+    counts: np.ndarray | None
+    path: str | None = None
+    colours: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
 
 class FileDataset(SegmentationDataset):
@@ -164,7 +159,9 @@ class FileDataset(SegmentationDataset):
         ignore_value: stored label value to become IGNORE.
         use_edges: instance edges, if the dataset has instance maps.
         keep: names (keys) of the samples to use; None uses all.
-        strict: raise at once for files without a partner; otherwise they are only listed in `faults`.
+        file_list: names the samples to use instead; each of its names must be one.
+        strict: raise at once for files without a partner; otherwise they are only listed in `faults`, and names of the
+            list that no sample has in `absent`.
 
     Raises:
         DataError: a folder is missing or empty, or files have no partner (named).
@@ -180,6 +177,7 @@ class FileDataset(SegmentationDataset):
         ignore_value: int | None = None,
         use_edges: bool = True,
         keep: Callable[[str], bool] | None = None,
+        file_list: FileList | None = None,
         strict: bool = True,
     ) -> None:
         has_edges = use_edges and spec.instance_dir is not None
@@ -187,24 +185,36 @@ class FileDataset(SegmentationDataset):
         self.need_images = need_images
         self.classes = dict(spec.classes)
         if ignore_value is not None:
-            self.classes[ignore_value] = IGNORE
+            self.classes.pop(ignore_value, None)
         self.ignore_value = ignore_value
-        if not self.classes or min(self.classes) < 0 or max(self.classes) > 0xFFFF:
-            raise DataError(f"{spec.name}: label values must lie in 0..65535, got {_ranges(self.classes)}")
-        self._table = np.full(max(self.classes) + 2, _INVALID, dtype=np.int32)  # the last row: every larger value
+        if not self.classes:
+            raise DataError(f"{spec.name}: the ignore value {ignore_value} leaves no label value with a class")
+        self._table = np.full(max(self.classes) + 3, _INVALID, dtype=np.int32)  # first and last row: values beyond
         for value, number in self.classes.items():
-            self._table[value] = number
-        self.samples, self.incomplete, self.faults = self._match(spec, keep)
-        if strict and self.faults:
-            more = f"\n  … and {len(self.faults) - 8} more" if len(self.faults) > 8 else ""
-            raise DataError(
-                f"{spec.name}: {len(self.faults)} files cannot be matched:\n  " + "\n  ".join(self.faults[:8]) + more
-            )
-        if not self.samples and not self.faults:
-            which = "no label maps" if keep is None else "none of the samples chosen by the file list or by scene"
-            raise DataError(f"{spec.label_dir}: {which} in this folder, for dataset {spec.name}")
+            self._table[value + 1] = number
+        self.absent: list[str] = []
+        self.samples, self.incomplete, self.faults = self._match(spec, keep, file_list)
+        self._spec, self._chosen = spec, keep is not None or file_list is not None
+        if strict:
+            self.require()
 
-    def _match(self, spec: Spec, keep: Callable[[str], bool] | None) -> tuple[list[Sample], list[Sample], list[str]]:
+    def require(self) -> None:
+        """Raises DataError, which names them, when files have no partner, listed samples are not there, or there are
+        none at all."""
+        name, faults = self._spec.name, self.absent + self.faults
+        if not self.samples and (self._chosen or not faults):
+            held = "" if self._chosen else none_found(self._others, "label map")
+            which = "none of the samples chosen by the file list or by scene" if self._chosen else "no label maps"
+            raise DataError(
+                f"{self._spec.label_dir}: {which} in this folder{held}, for dataset {name}{_listed(faults)}"
+            )
+        if faults:
+            what = "samples of the list are not there" if len(self.absent) == len(faults) else "files cannot be matched"
+            raise DataError(f"{name}: {len(faults)} {what}{_listed(faults)}")
+
+    def _match(
+        self, spec: Spec, keep: Callable[[str], bool] | None, file_list: FileList | None
+    ) -> tuple[list[Sample], list[Sample], list[str]]:
         kinds = [("label map", spec.label_dir, LABEL_SUFFIXES, spec.label_key)]
         if self.need_images:
             if spec.image_dir is None:
@@ -214,31 +224,41 @@ class FileDataset(SegmentationDataset):
             kinds.append(("instance map", spec.instance_dir, LABEL_SUFFIXES, spec.instance_key))
         faults: list[str] = []
         found: dict[str, dict[str, str]] = {}
+        others: dict[str, dict[str, str]] = {}
         for kind, folder, suffixes, key in kinds:
             if not folder.is_dir():
                 hint = "; to go without, turn edges off" if kind == "instance map" else ""
-                raise DataError(f"{folder}: no such folder, which should hold the {kind}s of {spec.name}{hint}")
-            found[kind], doubles = _keyed(folder, suffixes, key)
+                what = "this is no folder; it" if folder.exists() else "no such folder, which"
+                raise DataError(f"{folder}: {what} should hold the {kind}s of {spec.name}{hint}")
+            found[kind], doubles, others[kind] = keyed(folder, suffixes, key)
             faults += doubles
-            if keep is not None:
-                found[kind] = {name: path for name, path in found[kind].items() if keep(name)}
-        labels, images, instances = (found.get(kind, {}) for kind in ("label map", "image", "instance map"))
+        self._others = others["label map"]
+        if file_list is not None:
+            every = {name for files in found.values() for name in files}
+            chosen, self.absent = file_list.choose(every, [key for _, _, _, key in kinds])
+            keep = chosen.__contains__
+        if keep is not None:
+            found = {kind: {n: path for n, path in files.items() if keep(n)} for kind, files in found.items()}
+        labels = found["label map"]
         samples, incomplete = [], []
-        for name in sorted(labels.keys() | images.keys() | instances.keys()):
-            path = labels.get(name)
+        hints = {}
+        for kind, _, _, _ in kinds[1:]:
+            alone = found[kind].keys() - labels.keys(), labels.keys() - found[kind].keys()
+            hints[kind] = difference(*alone, kind, "label map")
+        for name in sorted(set().union(*found.values())):
             lacks = [kind for kind, _, _, _ in kinds if name not in found[kind]]
-            if path is not None:
-                faults += [
-                    f"{path}: this label map has no {kind} named {name} in {_folder(kinds, kind)}" for kind in lacks
-                ]
-            (incomplete if lacks else samples).append(Sample(path, images.get(name), instances.get(name)))
-        folder = _folder(kinds, "label map")
-        for name, path in images.items():
-            if name not in labels:
-                faults.append(f"{path}: this image has no label map named {name} in {folder}")
-        for name, path in instances.items():
-            if name not in labels:
-                faults.append(f"{path}: this instance map has no label map named {name} in {folder}")
+            # A label map is told all that it lacks, another file only that it has no label map.
+            have = "label map" if name in labels else None
+            for kind in lacks:
+                for has in [have] if have else [k for k, _, _, _ in kinds if name in found[k] and kind == "label map"]:
+                    hint = hints.get(has if kind == "label map" else kind, "")
+                    if name in others[kind]:
+                        hint = other_kind(others[kind][name], kind)
+                    faults.append(
+                        f"{found[has][name]}: this {has} has no {kind} named {name} in {_folder(kinds, kind)}{hint}"
+                    )
+            files = (found.get(kind, {}).get(name) for kind in ("label map", "image", "instance map"))
+            (incomplete if lacks else samples).append(Sample(*files))
         return samples, incomplete, faults
 
     def __len__(self) -> int:
@@ -250,8 +270,9 @@ class FileDataset(SegmentationDataset):
         Raises:
             DataError: a value has no class; names the file, the values, and the number of classes.
         """
-        beyond = len(self._table) - 1
-        classes = self._table[np.where((values < 0) | (values > beyond), beyond, values)]
+        classes = self._table[np.clip(values, -1, len(self._table) - 2) + 1]
+        if self.ignore_value is not None:
+            classes[values == self.ignore_value] = IGNORE
         wrong = classes == _INVALID
         if wrong.any():
             raise DataError(self._out_of_range(values, wrong, path))
@@ -263,7 +284,7 @@ class FileDataset(SegmentationDataset):
         listed += f" and {len(bad) - 8} more values" if len(bad) > 8 else ""
         message = (
             f"{path}: label value {listed} is out of range: {self.name} has {self.num_classes} classes, expected "
-            f"values {_ranges(self.classes)}"
+            f"values {_ranges(self.classes.keys() | {self.ignore_value} - {None})}"
         )
         if bad.tolist() == [255]:
             if set(np.unique(values).tolist()) <= {0, 255}:
@@ -273,6 +294,8 @@ class FileDataset(SegmentationDataset):
                 )
             else:
                 message += ". If 255 marks unlabelled pixels, pass --ignore-value 255"
+        elif bad.tolist() == [-1]:
+            message += ". If -1 marks unlabelled pixels, pass --ignore-value -1"
         elif bad.tolist() == [self.num_classes] and int(values.min()) >= 1:
             message += ". The values seem to start at 1: store them from 0, or raise --num-classes by one"
         return message
@@ -295,11 +318,12 @@ class FileDataset(SegmentationDataset):
             item["edges"] = torch.from_numpy(instances_to_edges(place.indices(ids)))
         return item
 
-    def inspect(self, index: int) -> tuple[list[str], np.ndarray | None]:
-        """Every fault in a sample's files, and its pixels of each class: int64 [num_classes], or None if unreadable."""
+    def inspect(self, index: int) -> Inspection:
+        """Every fault in a sample's files, and what its label map holds."""
         sample = (self.samples + self.incomplete)[index] if self.incomplete else self.samples[index]
         faults: list[str] = []
         counts = size = None
+        colours = {}
 
         def attempt(action: Callable, *arguments):
             try:
@@ -314,6 +338,10 @@ class FileDataset(SegmentationDataset):
             classes = attempt(self.classify, values, sample.label)
             if classes is not None:
                 counts = np.bincount(classes[classes >= 0], minlength=self.num_classes)
+                palette = read_palette(sample.label)
+                if palette is not None:
+                    used = np.unique(values[classes >= 0]).tolist()
+                    colours = {value: tuple(palette[value].tolist()) for value in used if 0 <= value < len(palette)}
             attempt(self.geometry.place, *size, np.random.default_rng(0), sample.label)
         if sample.image is not None:
             image = attempt(read_image, sample.image)
@@ -323,11 +351,16 @@ class FileDataset(SegmentationDataset):
             ids = attempt(read_instances, sample.instance)
             if ids is not None and size is not None:
                 attempt(_same_size, sample.instance, "instance map", ids.shape[::-1], sample.label, size)
-        return faults, counts
+        return Inspection(faults, counts, sample.label, colours)
 
 
 def _folder(kinds: list[tuple], kind: str) -> Path:
     return next(folder for name, folder, _, _ in kinds if name == kind)
+
+
+def _listed(faults: list[str]) -> str:
+    more = f"\n  … and {len(faults) - 8} more" if len(faults) > 8 else ""
+    return ":\n  " + "\n  ".join(faults[:8]) + more if faults else ""
 
 
 def _same_size(path: str, kind: str, size: tuple[int, int], label: str, expected: tuple[int, int]) -> None:

@@ -30,30 +30,51 @@ def _progress(items: Iterable, total: int, label: str) -> Iterator:
     return iter(tqdm(items, total=total, desc=label, unit="sample", leave=False))
 
 
-def scan(
-    dataset: SegmentationDataset, workers: int = 0, label: str = "check"
-) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Every fault of a dataset opened with strict=False.
+@dataclasses.dataclass
+class Scan:
+    """What a dataset holds: faults, warnings, pixels of each class int64 [num_classes], samples in which each class
+    occurs int64 [num_classes]."""
+
+    faults: list[str]
+    warnings: list[str]
+    pixels: np.ndarray
+    samples: np.ndarray
+
+
+def scan(dataset: SegmentationDataset, workers: int = 0, label: str = "check") -> Scan:
+    """Reads every file of a dataset opened with strict=False.
 
     Args:
         dataset: what to read.
         workers: threads that read; decoding runs beside Python.
         label: of the progress bar.
-
-    Returns:
-        faults, pixels of each class int64 [num_classes], samples in which each class occurs int64 [num_classes].
     """
-    faults = list(getattr(dataset, "faults", ()))
+    faults = [*getattr(dataset, "absent", ()), *getattr(dataset, "faults", ())]
     pixels = np.zeros(dataset.num_classes, dtype=np.int64)
     samples = np.zeros(dataset.num_classes, dtype=np.int64)
+    seen: dict[int, tuple[tuple[int, int, int], str]] = {}  # stored value -> its colour in the first file that has it
+    differing: dict[int, str] = {}
     total = len(dataset) + len(getattr(dataset, "incomplete", ()))  # files without a partner may have other faults too
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for found, counts in _progress(pool.map(dataset.inspect, range(total)), total, label):
-            faults += found
-            if counts is not None:
-                pixels += counts
-                samples += counts > 0
-    return faults, pixels, samples
+        for found in _progress(pool.map(dataset.inspect, range(total)), total, label):
+            faults += found.faults
+            if found.counts is not None:
+                pixels += found.counts
+                samples += found.counts > 0
+            for value, colour in found.colours.items():
+                first, path = seen.setdefault(value, (colour, found.path))
+                if first != colour:
+                    differing.setdefault(
+                        value, f"label {value} has colour {colour} in the palette of {found.path}, {first} in {path}"
+                    )
+    warnings = []
+    if differing:
+        more = f" (and {len(differing) - 1} more labels)" if len(differing) > 1 else ""
+        warnings.append(
+            f"palettes differ: {differing[min(differing)]}{more}. Labels are the indices, not the colours: do they "
+            "number the classes alike?"
+        )
+    return Scan(faults, warnings, pixels, samples)
 
 
 def histogram(dataset: SegmentationDataset, pixels: np.ndarray, samples: np.ndarray) -> list[str]:
@@ -89,15 +110,15 @@ def main(argv: list[str] | None = None) -> int:
     phases = PHASES if args.phase == "all" else (args.phase,)
     if options.dataset == "folder" and options.dataroot is None:
         phases = phases[:1]  # the folders are the same in both
-    number = 0
+    number, told = 0, set()
     for phase in phases:
-        number += _check_phase(options, phase, not args.labels_only, values)
+        number += _check_phase(options, phase, not args.labels_only, values, told)
     print(f"{number} faults" if number != 1 else "1 fault")
     return int(number > 0)
 
 
-def _check_phase(options: training.TrainConfig, phase: str, need_images: bool, values: dict) -> int:
-    """Print what one phase holds; returns its number of faults."""
+def _check_phase(options: training.TrainConfig, phase: str, need_images: bool, values: dict, told: set[str]) -> int:
+    """Print what one phase holds, but for faults told already; returns its number of faults."""
     print(f"{options.dataset}, {phase}:")
     try:
         dataset = make_dataset(
@@ -106,10 +127,15 @@ def _check_phase(options: training.TrainConfig, phase: str, need_images: bool, v
     except DataError as error:
         print(f"fault: {error}")
         return 1
-    faults, pixels, samples = scan(dataset, options.workers, phase)
+    found = scan(dataset, options.workers, phase)
+    faults = [fault for fault in found.faults if fault not in told]
+    told.update(dataset.absent if isinstance(dataset, FileDataset) else ())
     for fault in faults:
         print(f"fault: {fault}")
+    for warning in found.warnings:
+        print(f"warning: {warning}")
     edges = ", instance edges" if isinstance(dataset, FileDataset) and dataset.has_edges else ""
-    print(f"{len(dataset)} samples, {dataset.num_classes} classes{edges}, {len(faults)} faults")
-    print("\n".join(histogram(dataset, pixels, samples)))
+    warned = f", {len(found.warnings)} warning" if found.warnings else ""
+    print(f"{len(dataset)} samples, {dataset.num_classes} classes{edges}, {len(faults)} faults{warned}")
+    print("\n".join(histogram(dataset, found.pixels, found.samples)))
     return len(faults)

@@ -8,35 +8,102 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+
+from . import pnm
 
 IGNORE = -1
 """Class of a pixel that contributes nothing to the conditioning."""
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff", ".webp"})
-LABEL_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".pgm", ".gif"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".pnm", ".bmp", ".tif", ".tiff", ".webp"})
+LABEL_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".pgm", ".pbm", ".pnm", ".gif"})
+MAX_PIXELS = "SPADE_FAST_MAX_PIXELS"
+"""Environment variable: pixels a file may have, where Pillow's own limit is too low."""
 
 _INDEX_MODES = frozenset({"L", "P", "1", "I", "I;16", "I;16B", "I;16L"})
 _DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.error, MemoryError, Image.DecompressionBombError,
 )  # fmt: skip
+_ORIENTATION = 0x0112
+# TIFF tags
+_SUBFILE, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 254, 258, 262, 339
+_WHITE_IS_ZERO, _SIGNED, _FLOAT = 0, 2, 3
 
 
 class DataError(ValueError):
     """A fault in the data: the message names the file, what was found and what was expected."""
 
 
+def _allow_pixels() -> None:
+    given = os.environ.get(MAX_PIXELS)
+    if given is not None:
+        if not given.isdecimal() or int(given) == 0:
+            raise DataError(f"{MAX_PIXELS} must be a number of pixels, got {given!r}")
+        Image.MAX_IMAGE_PIXELS = int(given)  # Pillow's own setting: it warns from here, and refuses twice as many
+
+
 def _open(path: str | os.PathLike, what: str) -> Image.Image:
+    _allow_pixels()
     try:
-        image = Image.open(path)
-        image.load()  # decoding is lazy: a truncated file shows only here
+        # An open file, because Pillow maps a named uncompressed TIFF into memory and then scrambles a rotated one.
+        with open(path, "rb") as file:
+            image = Image.open(file)
+            if what != "image":
+                _one_picture(image, path, what)
+            image.load()  # decoding is lazy: a truncated file shows only here
+    except DataError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{path}: cannot read this {what}: {error} If you trust the file, set the environment variable "
+            f"{MAX_PIXELS} to the number of its pixels"
+        ) from error
+    except UnidentifiedImageError as error:
+        found = _tiff_kind(path) or "it is no image file, or one of an unknown kind"
+        raise DataError(f"{path}: cannot read this {what}: {found}") from error
     except _DECODE_ERRORS as error:
         raise DataError(f"{path}: cannot read this {what}: {type(error).__name__}: {error}") from error
     return image
 
 
+def _tiff_kind(path: str | os.PathLike) -> str | None:
+    """The pixels of a TIFF that Pillow cannot read, in words; None for any other file."""
+    try:
+        with open(path, "rb") as file:
+            tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+            file.seek(tags.next)
+            tags.load(file)
+            bits, sign = tags.get(_BITS, (1,))[0], tags.get(_SAMPLE_FORMAT, (1,))[0]
+            white = ", white being 0" if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else ""
+    except (*_DECODE_ERRORS, KeyError, TypeError, IndexError):
+        return None
+    number = {_SIGNED: "signed integers", _FLOAT: "floating-point"}.get(sign, "unsigned integers")
+    return f"it is a TIFF whose pixels are {bits}-bit {number}{white}, which are not supported; save it as PNG"
+
+
+def _one_picture(image: Image.Image, path: str | os.PathLike, what: str) -> None:
+    """Smaller copies of the same picture, as some TIFFs have, do not count."""
+    count = getattr(image, "n_frames", 1)
+    if count > 1 and image.format == "TIFF":
+        pages = range(1, count)
+        count = 1
+        for page in pages:
+            image.seek(page)
+            count += not image.tag_v2.get(_SUBFILE, 0) & 1
+        image.seek(0)
+    if count > 1:
+        raise DataError(f"{path}: the {what} holds {count} pictures (pages or frames); expected one")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except _DECODE_ERRORS:  # EXIF that can't be read says nothing
+        return 1
+
+
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """A photograph as an 8-bit RGB image.
+    """A photograph as an 8-bit RGB image, upright: as its EXIF orientation says that people see it.
 
     Raises:
         DataError: the file is unreadable, truncated, or holds more than 8 bits a channel.
@@ -46,84 +113,186 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         raise DataError(
             f"{path}: the image has pixels of mode {image.mode!r}; expected 8 bits a channel (convert it to 8-bit RGB)"
         )
-    return image if image.mode == "RGB" else image.convert("RGB")
+    turn = _TURNS.get(_orientation(image))
+    try:
+        image = image if image.mode == "RGB" else image.convert("RGB")
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{path}: this image of mode {image.mode!r} cannot be made RGB: {error}") from error
+    return image if turn is None else image.transpose(turn)
 
 
-def _png_grey_step(path: str | os.PathLike) -> int:
-    """Pillow stretches 2- and 4-bit grey PNG to 0..255; the factor to divide by to get the stored values back."""
+# EXIF orientation -> what makes the stored pixels upright. Pillow turns a TIFF itself and then drops the tag.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    orientation = _orientation(image)
+    if orientation in (5, 6, 7, 8):
+        values = values.T
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return np.ascontiguousarray(values)
+
+
+def _png_bits(path: str | os.PathLike) -> int:
+    """Bits of a grey PNG's pixel; 8 for any other."""
     with open(path, "rb") as file:
         head = file.read(26)
-    if len(head) == 26 and head[:8] == b"\x89PNG\r\n\x1a\n" and head[25] == 0 and head[24] in (2, 4):
-        return 255 // (2 ** head[24] - 1)
-    return 1
+    grey = len(head) == 26 and head[:8] == b"\x89PNG\r\n\x1a\n" and head[25] == 0
+    return head[24] if grey else 8
 
 
-def _indices(image: Image.Image, path: str | os.PathLike) -> np.ndarray:
+def _stored(image: Image.Image, path: str | os.PathLike, what: str) -> np.ndarray:
+    """Undoes what Pillow does to grey values: [H, W] integers as the file has them."""
     values = np.asarray(image)
-    if image.mode == "L" and image.format == "PNG":
-        values = values // _png_grey_step(path)
+    if image.mode == "F":
+        whole = (
+            np.isfinite(values).all() and (values == np.rint(values)).all() and np.abs(values).max(initial=0) < 2**31
+        )
+        if not whole:
+            raise DataError(
+                f"{path}: the {what} has floating-point pixels that are no whole numbers; expected one class number a "
+                "pixel (8-bit, 16-bit or palette PNG)"
+            )
+        return values.astype(np.int32)
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits = tags.get(_BITS, (1,))[0] if tags else 8
+    if image.format == "PNG":
+        bits = _png_bits(path)
+    sign = tags.get(_SAMPLE_FORMAT, (1,))[0]
+    if tags and image.mode in ("L", "1") and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = ~values  # of booleans, or of uint8
+    if image.mode == "L" and bits in (2, 4):
+        values = values // (255 // (2**bits - 1))  # stretched to 0..255
+    if image.mode == "L" and sign == _SIGNED:
+        values = values.view(np.int8)
+    if image.mode == "I" and bits == 32 and sign != _SIGNED and tags:
+        unsigned = values.view(np.uint32).astype(np.int64)
+        return unsigned if (unsigned != values).any() else values
     return values.astype(np.int32)
 
 
+def _read_indices(path: str | os.PathLike, what: str, colours: bool) -> np.ndarray:
+    """One integer a pixel [H, W], upright."""
+    try:
+        with open(path, "rb") as file:
+            if pnm.is_grey(file.read(3)):
+                file.seek(0)
+                return pnm.decode(file.read())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot read this {what}: {type(error).__name__}: {error}") from error
+    image = _open(path, what)
+    lossy = "JPEG" if image.format in ("JPEG", "MPO") else None
+    if image.format == "TIFF" and "jpeg" in str(image.info.get("compression")):
+        lossy = "TIFF compressed as JPEG"
+    if lossy:
+        things = "label values" if what == "label map" else "ids"
+        raise DataError(f"{path}: the {what} is a {lossy}, whose compression changes {things}; save it as PNG")
+    if colours and image.mode == "RGB":
+        colour = np.asarray(image).astype(np.int32)
+        return _upright(colour[..., 0] << 16 | colour[..., 1] << 8 | colour[..., 2], image)
+    if image.mode not in _INDEX_MODES | {"F"}:
+        if colours:
+            raise DataError(f"{path}: the {what} has mode {image.mode!r}; expected 8-bit, 16-bit, palette or RGB")
+        raise DataError(
+            f"{path}: the {what} has mode {image.mode!r}, so its pixels are colours; expected one class number a "
+            f"pixel (8-bit, 16-bit or palette PNG). Convert each colour to its class number first{_hint(image)}"
+        )
+    return _upright(_stored(image, path, what), image)
+
+
+def _hint(image: Image.Image) -> str:
+    """What to do where the colours are greys."""
+    bands = [np.asarray(band) for band in image.split()]
+    if image.mode == "LA":
+        return "; it is grey with an alpha channel: save it without the channel, if its grey is the class number"
+    if image.mode in ("RGB", "RGBA") and all((band == bands[0]).all() for band in bands[1:3]):
+        return "; its red, green and blue are equal: save one of them, if that is the class number"
+    return ""
+
+
 def read_labels(path: str | os.PathLike) -> np.ndarray:
-    """The values of a label map as stored: int32 [H, W]. A palette image is read as its indices, not its colours.
+    """The values of a label map as stored: int32 [H, W], int64 where they need it; upright as `read_image`.
+
+    A palette image is read as its indices, not its colours. No grey value is scaled or inverted, whatever the maxval of
+    a PGM, the bits, sign or photometric interpretation of a TIFF. Floating-point pixels must be whole numbers.
 
     Raises:
-        DataError: the file is unreadable, truncated, lossy (JPEG), or stores colours rather than one value a pixel.
+        DataError: the file is unreadable, truncated, lossy (JPEG), stores colours rather than one value a pixel, or
+            holds several pictures.
     """
-    image = _open(path, "label map")
-    if image.format == "JPEG":
-        raise DataError(f"{path}: the label map is a JPEG, whose compression changes label values; save it as PNG")
-    if image.mode not in _INDEX_MODES:
-        raise DataError(
-            f"{path}: the label map has mode {image.mode!r}, so its pixels are colours; expected one class number a "
-            "pixel (8-bit, 16-bit or palette PNG). Convert each colour to its class number first"
-        )
-    return _indices(image, path)
+    return _read_indices(path, "label map", colours=False)
 
 
 def read_instances(path: str | os.PathLike) -> np.ndarray:
-    """The ids of an instance map, int32 [H, W]; in an RGB map each colour is an id.
+    """The ids of an instance map, int32 [H, W], upright; in an RGB map each colour is an id.
 
     Raises:
-        DataError: the file is unreadable, truncated, lossy (JPEG), or of another mode.
+        DataError: the file is unreadable, truncated, lossy (JPEG), of another mode, or holds several pictures.
     """
-    image = _open(path, "instance map")
-    if image.format == "JPEG":
-        raise DataError(f"{path}: the instance map is a JPEG, whose compression changes ids; save it as PNG")
-    if image.mode == "RGB":
-        colour = np.asarray(image).astype(np.int32)
-        return colour[..., 0] << 16 | colour[..., 1] << 8 | colour[..., 2]
-    if image.mode not in _INDEX_MODES:
-        raise DataError(f"{path}: the instance map has mode {image.mode!r}; expected 8-bit, 16-bit, palette or RGB")
-    return _indices(image, path)
+    return _read_indices(path, "instance map", colours=True).astype(
+        np.int32
+    )  # unsigned ids wrap around: still distinct
+
+
+def read_palette(path: str | os.PathLike) -> np.ndarray | None:
+    """Colours of a palette image, uint8 [n, 3], without decoding its pixels; None for any other file."""
+    try:
+        with Image.open(path) as image:
+            palette = image.getpalette("RGB") if image.mode == "P" else None
+    except _DECODE_ERRORS:
+        return None
+    return None if palette is None else np.array(palette, np.uint8).reshape(-1, 3)
 
 
 def size_hint(path: str | os.PathLike) -> str:
     """Why an image and its label map may differ in size, when the image says so itself; else empty."""
     with Image.open(path) as image:
-        orientation = image.getexif().get(0x0112, 1)
-    if orientation in (5, 6, 7, 8):
-        return " (the image has an EXIF rotation, which is not applied: store its pixels rotated)"
+        if _orientation(image) in (5, 6, 7, 8):
+            return " (the image has an EXIF rotation, which is applied: its label map must be as people see the image)"
     return ""
 
 
-def list_files(folder: str | os.PathLike, suffixes: frozenset[str]) -> list[str]:
-    """Paths below a folder, from there on, of files with one of the suffixes: sorted, hidden ones left out.
+def list_files(folder: str | os.PathLike, suffixes: frozenset[str] | None) -> list[str]:
+    """Paths below a folder, from there on, of files with one of the suffixes (None: all): sorted, hidden ones left out.
 
     Strings, because a Path each would cost seconds and 100 MB for COCO's 350,000 files.
 
     Raises:
-        DataError: the folder does not exist.
+        DataError: the folder, or one below it, does not exist or cannot be read.
     """
     root = os.fspath(folder)
     if not os.path.isdir(root):
-        raise DataError(f"{root}: no such folder")
-    found = []
-    for parent, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = "" if parent == root else os.path.relpath(parent, root) + "/"
-        found += [
-            below + name for name in names if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
-        ]
+        raise DataError(f"{root}: no such folder" if not os.path.exists(root) else f"{root}: this is no folder")
+    found: list[str] = []
+    folders: list[tuple[str, frozenset]] = [("", frozenset())]
+    while folders:
+        below, above = folders.pop()
+        try:
+            here = os.stat(os.path.join(root, below))
+            if (here.st_dev, here.st_ino) in above:  # a link to a folder that it lies in
+                continue
+            above |= {(here.st_dev, here.st_ino)}
+            with os.scandir(os.path.join(root, below)) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir():
+                        folders.append((below + entry.name + "/", above))
+                    elif not (entry.is_file() or entry.is_symlink()):
+                        continue  # a pipe or socket; a broken link is listed, for the error that it gives
+                    elif suffixes is None or os.path.splitext(entry.name)[1].lower() in suffixes:
+                        found.append(below + entry.name)
+        except OSError as error:
+            raise DataError(f"{os.path.join(root, below)}: cannot read this folder: {error.strerror}") from error
     return sorted(found)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .base import SegmentationDataset
+from .base import Inspection, SegmentationDataset
 from .reading import DataError
 from .scenery import CLASS_NAMES, PALETTE, draw_scene
 from .transforms import Geometry, image_to_tensor, instances_to_edges
@@ -69,9 +69,9 @@ class SyntheticDataset(SegmentationDataset):
         rng = np.random.default_rng((self.seed, _STREAM[self.phase], self._index(index)))
         return draw_scene(rng, *self.output_size)
 
-    def inspect(self, index: int) -> tuple[list[str], np.ndarray]:
-        """No faults, and the sample's pixels of each class: int64 [num_classes]."""
-        return [], np.bincount(self.scene(index)[1].ravel(), minlength=self.num_classes)
+    def inspect(self, index: int) -> Inspection:
+        """No faults, and the sample's pixels of each class."""
+        return Inspection([], np.bincount(self.scene(index)[1].ravel(), minlength=self.num_classes))
 
     def __getitem__(self, index: int) -> dict:
         index = self._index(index)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,11 +43,16 @@ def fuse(
 
     Raises:
         TypeError: an example that is not a tuple.
+        ValueError: an adapter for a class of which the model has no module.
     """
     if example is not None and not isinstance(example, tuple):
         raise TypeError(f"example must be a tuple of the model's arguments, got {type(example).__name__}")
-    unfuse(model)
     adapters = adapters or {}
+    classes = {type(module).__name__ for module in model.modules()}
+    for name in adapters:
+        if name not in classes:
+            raise ValueError(f"adapters: {type(model).__name__} has no module of class {name!r}")
+    unfuse(model)
     found, layers = _candidates(model), []
     calls = {} if example is None else _record(model, example, [m for _, m, _ in found])
     for name, module, structure in found:
@@ -84,22 +90,24 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
-    """(name, module, Structure or NotUnderstood) of what looks like SPADE; nothing within another."""
-    found: list[tuple[str, nn.Module, Any]] = []
-    for name, module in model.named_modules():
-        if any(module in outer.modules() for _, outer, _ in found):
-            continue
-        if isinstance(module, FusedSPADE):
-            found.append((name, module, NotUnderstood("is a FusedSPADE already")))
+    """(name, module, Structure or NotUnderstood) of what looks like SPADE, in the model's order.
+
+    The innermost: what is around one (an activation, noise added to x) runs as before.
+    """
+    found: dict[nn.Module, tuple[str, nn.Module, Any]] = {}
+    modules = list(model.named_modules())
+    for name, module in reversed(modules):  # submodules come before what holds them
+        if any(part in found for part in module.modules()):
             continue
         try:
-            structure = understand(module)
+            structure = (
+                NotUnderstood("is a FusedSPADE already") if isinstance(module, FusedSPADE) else understand(module)
+            )
         except NotUnderstood as reason:
-            found.append((name, module, reason))
-            continue
+            structure = reason
         if structure is not None:
-            found.append((name, module, structure))
-    return found
+            found[module] = (name, module, structure)
+    return [found[module] for _, module in modules if module in found]
 
 
 def _record(model: nn.Module, example: tuple, modules: list[nn.Module]) -> dict[nn.Module, tuple]:
@@ -126,8 +134,13 @@ def _example(module: nn.Module, structure, call: tuple | None, adapter: Adapter 
             raise NotUnderstood("has an adapter, but no example that calls it")
         return None
     args, kwargs = call
+    if kwargs:
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        if bound.kwargs:  # of keywords alone
+            return None
+        args = bound.args[1:]
     if adapter is not None:
-        x, labels = adapter(*args, **kwargs)
+        x, labels = adapter(*args)
     elif structure.only_map:
         x, labels = None, args[0] if args else None
     else:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from spade_fast.functional import gamma_beta, spade
+from spade_fast.functional import conditioning, gamma_beta, spade
 from spade_fast.fusion.structure import Structure
 from spade_fast.map_scope import map_scope
 
@@ -60,6 +60,8 @@ class FusedForward(_Forward):
             return self.original(*args, **kwargs)
         taken = self._arguments(args, kwargs)
         if taken is None:
+            return self.original(*args, **kwargs)
+        if not self.structure.gains_when_dense and isinstance(conditioning(taken[1]), Tensor):
             return self.original(*args, **kwargs)
         return self.compute(*taken)
 

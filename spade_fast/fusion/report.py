@@ -12,8 +12,9 @@ HEADINGS = ("layer", "class", "", "how, or why not", "eval", "train", "gradients
 
 @dataclasses.dataclass
 class FusedLayer:
-    """One layer of the report. Differences are relative to the largest value (of gradients: of each tensor), the worst
-    over all that was compared; milliseconds are of a forward in evaluation, on this device."""
+    """One layer of the report. Differences are in the parameters' dtype, relative to the largest value of the output or
+    of all gradients, the worst over all that was compared; milliseconds are of a forward in evaluation, on this device,
+    once the patterns of the map are known."""
 
     name: str
     cls: str

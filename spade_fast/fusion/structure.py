@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.prune import BasePruningMethod
@@ -50,6 +51,11 @@ class Structure:
         return self.heads[0][-1].out_channels // (2 if self.merged else 1)
 
     @property
+    def gains_when_dense(self) -> bool:
+        """Whether dense maps are worth it too: other layers compute them faster themselves."""
+        return len(self.heads[0]) == 1 and self.instance_eps is None and self.padding == "zeros"
+
+    @property
     def convolutions(self) -> list[nn.Conv2d]:
         return [self.shared, *(conv for head in self.heads for conv in head)]
 
@@ -60,12 +66,15 @@ class Structure:
             weight, bias = _weight_and_bias(self.heads[0][0])
             biases = (None, None) if bias is None else bias.chunk(2)
             halves = list(zip(weight.chunk(2), biases, strict=True))
+            outs = [None, None]
         else:
-            halves = [_fold(head) for head in self.heads]
+            parts = [_fold(head, self.instance_eps is not None) for head in self.heads]
+            halves, outs = [p[:2] for p in parts], [p[2] for p in parts]
         if not self.gamma_first:
             halves.reverse()
+            outs.reverse()
         options = (self.slope, self.offset, self.padding, self.instance_eps)
-        return ModulationNetwork(*shared, *halves[0], *halves[1], *options)
+        return ModulationNetwork(*shared, *halves[0], *halves[1], *options, *outs)
 
     def readings(self) -> list[Structure]:
         """What the parts may mean, the likeliest first."""
@@ -94,7 +103,7 @@ class Structure:
         if self.merged:
             words.append("merged γβ")
         elif len(self.heads[0]) == 2:
-            words.append("separable folded")
+            words.append("separable folded" if self.instance_eps is None else "separable")
         if self.offset != 1.0:
             words.append("no +1")
         if self.slope:
@@ -113,16 +122,20 @@ def _weight_and_bias(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     return conv.weight, conv.bias  # each read once: a parametrization is computed at every reading
 
 
-def _fold(head: list[nn.Conv2d]) -> tuple[Tensor, Tensor | None]:
-    """One convolution for depthwise and then pointwise: exact, since the pointwise one adds no border of its own."""
+def _fold(head: list[nn.Conv2d], normalized: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor | None] | None]:
+    """Weight and bias of one convolution for depthwise and then pointwise: exact, since the pointwise one adds no
+    border of its own. normalized: a norm lies between; the depthwise one as a full one, and then the pointwise one."""
     if len(head) == 1:
-        return _weight_and_bias(head[0])
+        return *_weight_and_bias(head[0]), None
     (depth, depth_bias), (point, bias) = (_weight_and_bias(conv) for conv in head)
+    if normalized:
+        eye = torch.eye(depth.shape[0], dtype=depth.dtype, device=depth.device)
+        return depth[:, 0][:, None] * eye[:, :, None, None], depth_bias, (point, bias)
     matrix = point[:, :, 0, 0]
     if depth_bias is not None:
         moved = matrix @ depth_bias
         bias = moved if bias is None else bias + moved
-    return matrix[:, :, None, None] * depth[:, 0][None], bias
+    return matrix[:, :, None, None] * depth[:, 0][None], bias, None
 
 
 def understand(module: nn.Module) -> Structure | None:
@@ -147,18 +160,24 @@ def understand(module: nn.Module) -> Structure | None:
         return None
     shared, heads = roles
     norm, inner = _norms(module, {name.split(".")[0] for name, _ in convs})
+    if any(isinstance(part, (nn.Linear, nn.Embedding)) for n in norm for part in n.modules()):
+        return None
     known = {id(p) for _, c in convs for p in c.parameters()}
     known |= {id(p) for n in norm for p in n.parameters()} | {id(p) for _, n in inner for p in n.parameters()}
     if any(id(p) not in known for p in module.parameters()):
-        return None
+        if len(heads) == 1:  # two convolutions in a row may be anything
+            return None
+        further = next(name for name, p in module.named_parameters() if id(p) not in known)
+        raise NotUnderstood(f"has further parameters: {further}")
     for name, conv in convs:
         _check_convolution(name, conv)
     if len(norm) > 1:
         raise NotUnderstood(f"{len(norm)} modules that may be its norm: {', '.join(type(n).__name__ for n in norm)}")
     _check_hooks(module, norm, [c for _, c in convs])
     size = shared.kernel_size[0]
-    if any(head[0].kernel_size[0] != size for head in heads):
-        raise NotUnderstood(f"kernels of {size} and {heads[0][0].kernel_size[0]}")
+    for other in (head[0].kernel_size[0] for head in heads):
+        if other != size:
+            raise NotUnderstood(f"kernels of {size} and {other}")
     names = {id(c): name for name, c in convs}
     return Structure(
         shared,
@@ -219,7 +238,11 @@ def _norms(module: nn.Module, holders: set[str]) -> tuple[list[nn.Module], list[
                 norms.append(child)
             continue
         for path, part in child.named_modules(prefix=name):
+            if ".parametrizations." in path:  # run when a convolution's weight is read
+                continue
             leaf = not any(True for _ in part.children())
+            if "parametrizations" in path.split("."):  # computes a weight
+                continue
             if leaf and not isinstance(part, (_ConvNd, *_NEUTRAL, *_CONTAINERS)):
                 inner.append((path, part))
     return norms, inner
@@ -277,8 +300,6 @@ def _instance_eps(inner: list[tuple[str, nn.Module]], heads: list[list[nn.Conv2d
     for name, part in inner:
         if type(part) is not nn.InstanceNorm2d or part.affine or part.track_running_stats:
             raise NotUnderstood(f"{name} is a {type(part).__name__}")
-        if len(heads[0]) == 2:
-            raise NotUnderstood(f"{name}, an instance norm between depthwise and pointwise convolution")
     if not inner:
         return None
     if len(inner) != len(heads) or len({part.eps for _, part in inner}) > 1:

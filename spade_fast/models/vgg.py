@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spade_fast.files import load_tensors
 
 URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # the name carries the start of its SHA-256
 # (index in torchvision's `features`, channels) of every convolution up to relu5_1; a pool precedes each new group.
@@ -71,13 +74,15 @@ def load_vgg19(path: str | Path | None = None) -> VGG19Features:
         if path is None:
             state = torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_tensors(path)
     except Exception as error:  # the ways on are the same whatever went wrong: network, hash, file, format
         source = "downloaded" if path is None else f"read from {path}"
-        reason = f"{type(error).__name__}: {error}"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise VGGWeightsError(f"VGG19 weights could not be {source} ({reason}). {ways}") from error
     net = VGG19Features()
     wanted = net.state_dict()
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise VGGWeightsError(f"{path or URL} is not torchvision's VGG19: it holds no state dict of tensors. {ways}")
     missing = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
     if missing:
         raise VGGWeightsError(f"{path or URL} is not torchvision's VGG19: {missing[0]} is missing or misshapen. {ways}")

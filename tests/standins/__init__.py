@@ -68,19 +68,11 @@ STANDINS = [
     StandIn("CoCosNet", lambda: CoCosNetSPADE(6, 5), "layer_cocosnet_spade"),
     StandIn("CoCosNet PONO", lambda: CoCosNetSPADE(6, 5, True), "layer_cocosnet_spade_pono"),
     StandIn("CoCosNet similarity", lambda: CoCosNetSPADE(6, 5), "layer_cocosnet_spade_similarity"),
+    StandIn(
+        "MobileSPADE instance", lambda: MobileSPADE(6, 5, norm="instance"), "layer_gancompression_mobile_spade_instance"
+    ),
+    StandIn("SubMobileSPADE", lambda: MobileSPADE(6, 5, norm="instance"), "layer_gancompression_sub_mobile_spade"),
     # Left, by name.
-    StandIn(
-        "MobileSPADE instance",
-        lambda: MobileSPADE(6, 5, norm="instance"),
-        "layer_gancompression_mobile_spade_instance",
-        0,
-    ),
-    StandIn(
-        "SubMobileSPADE",
-        lambda: MobileSPADE(6, 5, norm="instance"),
-        "layer_gancompression_sub_mobile_spade",
-        0,
-    ),
     StandIn("SIGE", lambda: SIGEFusedSPADE(6, 5), None, 0),
     StandIn("MONAI 3-D", lambda: MONAISPADE(3, 4, 3, 8), "layer_monai_spade_3d", 0),
     StandIn("MONAI 1-D", lambda: MONAISPADE(5, 6, 1, 8), None, 0),

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and streams of the commands: errors of the system as one line, files of tensors, closed pipes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+
+class WriteError(RuntimeError):
+    """A file or directory can't be written: names it and the cause."""
+
+
+def cause(error: OSError) -> str:
+    """The system's words for an error, without number and path."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+def one_line(error: OSError) -> str:
+    """Path and cause of an error of the system."""
+    return cause(error) if error.filename is None else f"{os.fsdecode(error.filename)}: {cause(error)}"
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Raises WriteError with the path, which the system's error on a full disk lacks."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written: {cause(error)}") from error
+
+
+def require_writable(directory: str | os.PathLike) -> None:
+    """Raises WriteError when a directory is none, or can't be written or made. Writes nothing."""
+    path = Path(os.path.abspath(directory))
+    with writing(directory):
+        while True:
+            try:
+                os.stat(path)
+                break
+            except FileNotFoundError:
+                path = path.parent
+        if not path.is_dir():
+            raise NotADirectoryError(None, f"{path} is no directory")
+        if not os.access(path, os.W_OK | os.X_OK):
+            read_only = os.statvfs(path).f_flag & os.ST_RDONLY
+            raise OSError(None, f"{path} is on a read-only file system" if read_only else f"no permission in {path}")
+
+
+def load_tensors(path: str | os.PathLike) -> object:
+    """Tensors and plain containers of a file, on the CPU; nothing in it is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it can't be read; the message, of one line, says what it seems to be.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error says what matters
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises many types for broken files
+        raise ValueError(_why_unreadable(path, error)) from error
+
+
+def _why_unreadable(path: str | os.PathLike, error: Exception) -> str:
+    """torch's own words advise to run what is in the file."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+            size = os.fstat(file.fileno()).st_size
+        archive = zipfile.is_zipfile(path)
+    except OSError as unreadable:
+        return cause(unreadable)
+    if size == 0:
+        return "it is empty"
+    if head.lstrip()[:1] == b"<":
+        return "it is a web page, not the file that was to be downloaded"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer: the file itself was not downloaded"
+    if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") < size:
+        return "it is a safetensors file, not one of torch.save"
+    if head.startswith(b"PK"):
+        if not archive:
+            return "it is cut off or damaged"
+        with zipfile.ZipFile(path) as file:
+            if not any(name.endswith("data.pkl") for name in file.namelist()):
+                return "it is a zip archive, not a file of torch.save"
+    kind = re.search(r"GLOBAL ([\w.]+)|(?:class|type|Unsupported \w+) ([\w.]+)", str(error))
+    if head.startswith(b"PK") or head[:1] == b"\x80":
+        if "nsupported" in str(error) or "GLOBAL" in str(error):
+            name = f" ({kind[1] or kind[2]})" if kind else ""
+            return f"it holds objects other than tensors and plain containers{name}, which could run code: not loaded"
+        return "it is cut off or damaged"
+    return "it is not a file of torch.save"
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """Exit status of a command whose output may be closed early (`| head`), or may not know every character."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())  # so that Python's last flush does not fail again
+        return 141  # 128 + SIGPIPE, as of a program that the signal ends
