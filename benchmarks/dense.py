@@ -9,6 +9,7 @@ before anything is timed. `ratio` is plain over ours in one layout, `ratio_best`
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 
 import torch
@@ -108,6 +109,12 @@ def report(name: str, times: dict) -> None:
     print(f"{name:32s} {text}", flush=True)
 
 
+def error(got: Tensor, want: Tensor) -> float:
+    """Largest difference over the largest value, or infinity for what is not finite."""
+    worst = ((got.double() - want).abs().max() / want.abs().max()).item()
+    return worst if worst == worst else float("inf")
+
+
 def layer_case(channels: int, size: int, seconds: float) -> dict[str, dict]:
     torch.manual_seed(0)
     plain, ours = SPADE(channels, MAP[0], "instance"), FusedSPADE(channels, MAP[0], "instance")
@@ -115,20 +122,15 @@ def layer_case(channels: int, size: int, seconds: float) -> dict[str, dict]:
     x, segmap = torch.randn(1, channels, size, size), torch.randn(1, MAP[0], MAP[1], MAP[1])
     upstream = torch.randn_like(x)
     forward, both = {}, {}
-    expected = step(plain, upstream, x, segmap)
+    exact = step(copy.deepcopy(plain).double(), upstream.double(), x.double(), segmap.double())
+    rounding = [error(got, want) for got, want in zip(step(plain, upstream, x, segmap), exact, strict=True)]
     for layout, memory_format in LAYOUTS.items():
         given = [t.contiguous(memory_format=memory_format) for t in (upstream, x, segmap)]
+        # Where a hidden value rounds across ReLU's kink, gradients differ in any float32 layer, the plain one too.
+        for i, (got, want) in enumerate(zip(step(ours, *given), exact, strict=True)):
+            if not error(got, want) <= max(2 * rounding[i], 1e-4 if i == 0 else 2e-2):
+                raise RuntimeError(f"C{channels}@{size} {layout}, result {i}: not the plain layer's; nothing is timed")
         for name, net in (("plain", plain), ("ours", ours)):
-            results = zip(step(net, *given), expected, strict=True)
-            for i, (got, want) in enumerate(results):
-                if i > 0 and net is plain and layout == "channels_last":
-                    break  # torch's InstanceNorm2d gives wrong gradients for a channels-last gradient (torch 2.13)
-                title = f"C{channels}@{size} {name} {layout}, result {i}"
-                if i == 0:
-                    check(title, got, want, 1e-4)
-                elif not (got - want).norm() <= 1e-3 * want.norm():
-                    # By norm: where a hidden value rounds across ReLU's kink, single entries differ by 1 %.
-                    raise RuntimeError(f"{title}: relative error by norm above 1e-3; nothing is timed")
             forward[f"{name} {layout}"] = lambda net=net, given=given: infer(net, *given[1:])
             both[f"{name} {layout}"] = lambda net=net, given=given: step(net, *given)
     rows = {"forward": timed(forward, seconds), "forward+backward": timed(both, seconds)}
