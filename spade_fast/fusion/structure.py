@@ -241,8 +241,6 @@ def _norms(module: nn.Module, holders: set[str]) -> tuple[list[nn.Module], list[
             if ".parametrizations." in path:  # run when a convolution's weight is read
                 continue
             leaf = not any(True for _ in part.children())
-            if "parametrizations" in path.split("."):  # computes a weight
-                continue
             if leaf and not isinstance(part, (_ConvNd, *_NEUTRAL, *_CONTAINERS)):
                 inner.append((path, part))
     return norms, inner
