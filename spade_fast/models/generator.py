@@ -149,7 +149,8 @@ class SPADEGenerator(nn.Module):
         if self.z_dim is None:
             if z is not None:
                 raise ValueError("z was given, but this generator starts from the segmentation map (z_dim=None)")
-            if isinstance(labels, LabelMap) and changed_convolution(self.fc, weight.shape[1], weight.shape[0], 3):
+            channels = self.options["label_nc"], 16 * self.options["ngf"]
+            if isinstance(labels, LabelMap) and changed_convolution(self.fc, *channels, 3):
                 labels = labels.one_hot(weight.dtype)
             if isinstance(labels, Tensor):
                 return self.fc(F.interpolate(labels, size=self.start, mode="nearest"))
@@ -182,7 +183,7 @@ class SPADEGenerator(nn.Module):
         fused = self.fused and not torch_only()
         labels = recognise(segmap) if fused else segmap
         if not fused or isinstance(labels, Tensor):
-            labels = as_segmap(labels, self.conv_img.weight.dtype)
+            labels = as_segmap(labels, next(self.parameters()).dtype)
         x = self._first_features(labels, z)
         for block, upsample in self.blocks():
             if upsample != 1 and changed(block, SPADEResnetBlock) is not None:  # it sees what a plain network gives it
