@@ -52,6 +52,13 @@ def dense_gamma_beta(
             segmap = F.interpolate(segmap, size=tuple(size), mode="nearest")
         hidden = F.conv2d(segmap, shared_weight, shared_bias, padding=_padding(shared_weight))
         hidden = _activate(hidden, hidden_slope)
+    return merged_gamma_beta(hidden, gamma_weight, gamma_bias, beta_weight, beta_bias)
+
+
+def merged_gamma_beta(
+    hidden: Tensor, gamma_weight: Tensor, gamma_bias: Tensor | None, beta_weight: Tensor, beta_bias: Tensor | None
+) -> Tensor:
+    """[N, 2·C, H, W] = [γ | β] of a hidden map [N, hidden, H, W], by one convolution. Weights as above."""
     n, _, h, w = hidden.shape
     padding = _padding(gamma_weight)
     if n * h * w < gamma_weight[0].numel():  # joining the outputs moves less than joining the weights

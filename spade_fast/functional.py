@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spade_fast import layers, ops, reference
+from spade_fast.as_built import changed_norm
 from spade_fast.label_map import LabelMap
 from spade_fast.map_scope import recognized
 from spade_fast.patterns import Patterns
@@ -322,11 +323,8 @@ def _instance_norm(values: Tensor, patterns: Patterns | None, eps: float) -> Ten
 
 def is_native(norm: Norm) -> bool:
     """Whether `spade` evaluates a norm within the modulation."""
-    if type(norm) not in (nn.BatchNorm2d, nn.InstanceNorm2d) or norm.affine or "forward" in norm.__dict__:
-        return False
-    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
-        return False
-    return type(norm) is nn.BatchNorm2d or not norm.track_running_stats
+    known = type(norm) in (nn.BatchNorm2d, nn.InstanceNorm2d)
+    return known and changed_norm(norm, norm.num_features) is None
 
 
 def _normalization(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spade_fast import ops, reference, sync
 from spade_fast.as_built import changed, changed_convolution, changed_norm, torch_only
-from spade_fast.dense import dense_gamma_beta
+from spade_fast.dense import dense_gamma_beta, merged_gamma_beta
 from spade_fast.label_map import LabelMap
 from spade_fast.map_scope import recognized
 from spade_fast.patterns import Patterns
@@ -83,7 +83,8 @@ class FusedSPADE(nn.Module):
             x: activation [N, norm_nc, H, W].
             labels: LabelMap, or a map [N, label_nc, h, w]; resized by nearest neighbour to the output's size. A tensor
                 which is exactly one-hot (plus 0/1 edges) is taken as a LabelMap (finding out reads it once, and waits
-                for a GPU; inside :func:`spade_fast.map_scope` once for all layers); any other is dense conditioning.
+                for a GPU; inside :func:`spade_fast.map_scope.map_scope` once for all layers); any other is dense
+                conditioning.
             activation: negative slope of a LeakyReLU after the modulation, ``"leaky_relu"`` (0.2), or None.
             upsample: 1, or 2 to normalise and modulate x enlarged twice by nearest neighbour, without building it.
 
@@ -117,7 +118,9 @@ class FusedSPADE(nn.Module):
 
     def label_pixel_params(self, patterns: Patterns, edges: bool) -> Tensor:
         """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel, for maps with few repeated patches."""
-        return self._gamma_beta(self._hidden_pixels(patterns, edges))
+        gamma, beta = self.mlp_gamma, self.mlp_beta
+        hidden = self._hidden_pixels(patterns, edges)
+        return merged_gamma_beta(hidden, gamma.weight, gamma.bias, beta.weight, beta.bias)
 
     def _hidden_pixels(self, patterns: Patterns, edges: bool) -> Tensor:
         """[N, hidden_nc, H, W]: the hidden layer at every pixel."""
@@ -157,14 +160,6 @@ class FusedSPADE(nn.Module):
         if tuple(segmap.shape[2:]) != size:
             segmap = F.interpolate(segmap, size=size, mode="nearest")
         return segmap.to(dtype)
-
-    def _gamma_beta(self, hidden: Tensor) -> Tensor:
-        gamma, beta = self.mlp_gamma, self.mlp_beta
-        n, _, h, w = hidden.shape
-        if n * h * w < gamma.weight[0].numel():  # joining the outputs moves less than joining the weights
-            return torch.cat([gamma(hidden), beta(hidden)], dim=1)
-        weight, bias = torch.cat([gamma.weight, beta.weight]), torch.cat([gamma.bias, beta.bias])
-        return F.conv2d(hidden, weight, bias, padding=self.kernel_size // 2)
 
     def changed_network(self) -> str | None:
         """Which submodule of the modulation network is not as built, and how; None: all are."""
@@ -219,11 +214,12 @@ def modulate(
         return [_by_torch(x, labels, layer, slope, upsample) for layer, slope in zip(layers, slopes, strict=True)], [
             None for _ in layers
         ]
-    if len(layers) == 2 and (_changes(layers[0]) or _changes(layers[1]) or not _alike(*layers)):
+    labels = recognise(labels)
+    changes = [(layer.changed_network(), layer.changed_norm()) for layer in layers]
+    if len(layers) == 2 and (any(why is not None for pair in changes for why in pair) or not _alike(*layers)):
         pairs = [modulate(x, labels, [layer], [slope], upsample) for layer, slope in zip(layers, slopes, strict=True)]
         return [outs[0] for outs, _ in pairs], [recipes[0] for _, recipes in pairs]
-    labels = recognise(labels)
-    network, norm = first.changed_network(), first.changed_norm()
+    network, norm = changes[0]
     for why in (network, norm):
         if why is not None:
             first.warn(why)
@@ -275,10 +271,6 @@ def _check_input(x: Tensor, labels: LabelMap | Tensor, layer: FusedSPADE, upsamp
         )
     if labels.device != x.device:
         raise ValueError(f"labels are on {labels.device}, x is on {x.device}")
-
-
-def _changes(layer: FusedSPADE) -> bool:
-    return layer.changed_network() is not None or layer.changed_norm() is not None
 
 
 def _alike(a: FusedSPADE, b: FusedSPADE) -> bool:
