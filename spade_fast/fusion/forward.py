@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from spade_fast import reference
 from spade_fast.functional import conditioning, gamma_beta, spade
@@ -50,10 +49,12 @@ class FusedForward(_Forward):
 
     def original(self, *args, **kwargs):
         """The module's own function; of a LabelMap it is given the one-hot map."""
-        if any(isinstance(value, LabelMap) for value in (*args, *kwargs.values())):
-            dtype = next(self.module.parameters()).dtype
-            args, kwargs = tree_map(lambda v: v.one_hot(dtype) if isinstance(v, LabelMap) else v, (args, kwargs))
+        args = [self._dense(value) for value in args]
+        kwargs = {name: self._dense(value) for name, value in kwargs.items()}
         return type(self.module).forward(self.module, *args, **kwargs)
+
+    def _dense(self, value):
+        return value.one_hot(next(self.module.parameters()).dtype) if isinstance(value, LabelMap) else value
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling() or _observed():
@@ -111,9 +112,8 @@ class FusedForward(_Forward):
                 f"a fused {type(self.module).__name__} has its weights on {device} and was called with tensors on "
                 f"{', '.join(str(t.device) for t in tensors)} (torch.nn.DataParallel needs spade_fast.unfuse first)"
             )
-        if any(isinstance(t, Tensor) and t.dtype != dtype for t in tensors) and not torch.is_autocast_enabled(
-            device.type
-        ):
+        unlike = any(isinstance(t, Tensor) and t.dtype != dtype for t in tensors)
+        if unlike and not torch.is_autocast_enabled(device.type):
             return None
         return x, labels
 
