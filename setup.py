@@ -22,7 +22,7 @@ class BuildNative(build_ext):
         return fullname.replace(".", "/") + ".so"  # no Python in it, so no Python version in its name
 
     def build_extension(self, ext: Extension) -> None:
-        native = runpy.run_path(str(ROOT / "spade_fast" / "build.py"), run_name="spade_fast_build")
+        native = runpy.run_path(str(ROOT / "spade_fast" / "native" / "build.py"), run_name="spade_fast_build")
         target = self.target(ext)
         for cuda in (True, False):
             try:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from spade_fast import FusedSPADE, LabelMap, ops
-from spade_fast.patterns import Patterns
+from spade_fast import FusedSPADE, LabelMap
+from spade_fast.labels.pattern_tables import Patterns
+from spade_fast.ops.segments import segments
 
 
 class ClassLabels(LabelMap):
@@ -18,7 +19,7 @@ class ClassLabels(LabelMap):
         number = (self.num_classes + 1) * (2 if self.has_edges else 1)
         found = Patterns(codes, codes.new_empty(number, 1), codes, codes.new_empty(number, 1), (1,), (1,))
         if backward:
-            found.order, found.offsets = ops.segments(codes, number)
+            found.order, found.offsets = segments(codes, number)
         return found
 
 

@@ -19,8 +19,8 @@ from torch import nn
 
 from spade_fast import LabelMap, __version__
 from spade_fast.data import make_dataset
-from spade_fast.ops import backend
-from spade_fast.spectral import SpectralConv2d
+from spade_fast.layers.spectral import SpectralConv2d
+from spade_fast.ops import _backend as backend
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = Path(os.environ.get("SPADE_FAST_SAMPLES", ROOT.parent / "shared" / "coco_stuff_sample"))

@@ -18,7 +18,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from spade_fast.build import csrc, cuda_home, find_nvcc
+from spade_fast.native.build import csrc, cuda_home, find_nvcc
 
 THREADS = 256  # of every block: kThreads in csrc/cuda_common.cuh
 TARGETS = {80: "80", 90: "90a", 100: "100", 120: "120"}

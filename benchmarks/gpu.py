@@ -45,7 +45,7 @@ SMOKE = (*PYTHON, "benchmarks.smoke", "--device", "{device}")
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
 PARTS = (
     Part("ceilings", (*PYTHON, "benchmarks.ceilings", "--device", "{device}", "--json", "{json}"), 60),
-    Part("build", (*PYTHON, "spade_fast.build"), 150, needs_gpu=True, program="nvcc"),
+    Part("build", (*PYTHON, "spade_fast.native.build"), 150, needs_gpu=True, program="nvcc"),
     Part("tests", (*PYTHON, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"), 150, needs_gpu=True),
     Part("sanitizer", (*SANITIZER, *SMOKE), 60, needs_gpu=True, program="compute-sanitizer"),
     Part("sanitizer_cuda", (*SANITIZER, *SMOKE), 60, needs_gpu=True, program="compute-sanitizer", backend="cuda"),
@@ -78,7 +78,7 @@ GOALS = (
     Goal("training step, times the plain eager one", "train_step", lambda r: r["ratios"][PLAIN], 5.0),
     Goal("training step, memory against the compiled plain one", "train_step", _memory, 0.4, at_most=True),
     Goal("training, images a second", "train_step", lambda r: r["images_per_second"][r["fastest"]], 200.0),
-    Goal("training step, host waits", "train_step", lambda r: r["host_synchronisations"], 0, at_most=True),
+    Goal("training step, host waits", "train_step", lambda r: r["host_synchronizations"], 0, at_most=True),
 )
 
 

@@ -17,12 +17,13 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from benchmarks.common import SAMPLES, stamp, write_json
-from spade_fast import config as cfg
-from spade_fast.building import build_networks, label_map, open_dataset
+from spade_fast.labels.batch import batch_labels
+from spade_fast.layers.spectral import SpectralConv2d
 from spade_fast.models import INITS, init_weights
-from spade_fast.ranks import Ranks
-from spade_fast.spectral import SpectralConv2d
-from spade_fast.training_step import TrainingStep
+from spade_fast.train import config as cfg
+from spade_fast.train.ranks import Ranks
+from spade_fast.train.setup import build_networks, open_dataset
+from spade_fast.train.step import TrainingStep
 
 LAST = 10  # steps whose mean is the loss at the end
 SHOWN = ("seeds", "steps", "crop", "ngf", "batch")  # options in the results file
@@ -50,7 +51,7 @@ class Training:
         """One iteration on a random batch; the weighted losses."""
         chosen = torch.randperm(len(self.samples), generator=self.order)[: self.config.batch_size].tolist()
         batch = default_collate([self.samples[i] for i in chosen])
-        labels = label_map(batch, self.dataset.num_classes, torch.device("cpu"))
+        labels = batch_labels(batch, self.dataset.num_classes, torch.device("cpu"))
         terms = self.training(labels, batch["image"], self.done)
         self.done += 1
         return {name: value.item() for name, value in terms.items()}

@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.common import label_maps, stamp, write_json
 from spade_fast import LabelMap
-from spade_fast.layers import DENSE_ABOVE, SPADEResnetBlock
+from spade_fast.layers.spade import DENSE_ABOVE, SPADEResnetBlock
 from spade_fast.models import SPADEGenerator
 from spade_fast.ops.pattern_params import choose_method
 from spade_fast.reference import SPADE

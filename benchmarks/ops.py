@@ -16,8 +16,9 @@ from torch import Tensor
 
 from benchmarks.ceilings import measure as measure_ceilings
 from benchmarks.common import check, interleave, label_maps, stamp, write_json
-from spade_fast import LabelMap, ops
-from spade_fast.ops import backend
+from spade_fast import LabelMap
+from spade_fast.ops import _backend as backend
+from spade_fast.ops.statistics import statistics
 
 HIDDEN = 128
 
@@ -44,7 +45,7 @@ def cases(labels: LabelMap, channels: int, size: int, dtype: torch.dtype) -> dic
     params = torch.randn(found.taps.shape[0], 2 * c, device=device, dtype=half)
     second = params.flip(0)
     dense = torch.randn(n, 2 * c, size, size, device=device, dtype=half).contiguous(memory_format=torch.channels_last)
-    mean, m2 = ops.statistics(x, False)
+    mean, m2 = statistics(x, False)
     rstd = torch.rsqrt(m2 / (n * size * size) + 1e-5)
     upstream = torch.randn_like(x)
     index = (found.ids, found.order, found.offsets)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spade_fast import losses
-from spade_fast.config import TrainConfig
-from spade_fast.profiling import span
-from spade_fast.training_step import _in_float32
+from spade_fast.train import losses
+from spade_fast.train.config import TrainConfig
+from spade_fast.train.profiling import span
+from spade_fast.train.step import _in_float32
 
 
 def discriminate(net: nn.Module, segmap: Tensor, image: Tensor) -> list[list[Tensor]]:
@@ -41,7 +41,7 @@ def feature_matching_loss(fake: list[list[Tensor]], real: list[list[Tensor]]) ->
 
 
 class PlainTrainingStep:
-    """Both updates of an iteration; called as `spade_fast.training_step.TrainingStep` is, with one-hot labels.
+    """Both updates of an iteration; called as `spade_fast.train.step.TrainingStep` is, with one-hot labels.
 
     amp: what autocast computes in, or None.
     """
@@ -76,7 +76,7 @@ class PlainTrainingStep:
     def _update(self, name: str, terms: dict[str, Tensor]) -> None:
         with span("backward"):
             sum(terms.values()).backward()
-        with span("optimiser"):
+        with span("optimizer"):
             self.optimizers[name].step()
 
     def __call__(self, segmap: Tensor, image: Tensor, step: int) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import cuda_resources
-from spade_fast.build import find_nvcc
+from spade_fast.native.build import find_nvcc
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
 
@@ -104,7 +104,7 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     from spade_fast.kernels.embedding_sum import embedding_sum, embedding_sum_backward
     from spade_fast.kernels.label_conv import label_conv, label_conv_backward
     from spade_fast.kernels.modulation import modulation, modulation_backward
-    from spade_fast.kernels.normalisation_gradient import normalisation_gradient
+    from spade_fast.kernels.normalization_gradient import normalization_gradient
     from spade_fast.kernels.pattern_params import _gather_gemm, pattern_params
     from spade_fast.kernels.patterns import finish, patterns
     from spade_fast.kernels.segments import segment_sum, segments
@@ -163,7 +163,7 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], object]]]:
                     lambda d=dtype, cl=channels_last, s=per_sample: statistics(activation(d, cl), s),
                 )
             x, k = activation(dtype, channels_last), torch.zeros(c)
-            yield f"normalisation_gradient {name} {layout}", lambda x=x, k=k: normalisation_gradient(x, x, k, k)
+            yield f"normalization_gradient {name} {layout}", lambda x=x, k=k: normalization_gradient(x, x, k, k)
             variants = [(2, 2, False, n), (2, 2, True, n)]
             if channels_last and dtype == half:
                 variants += [(1, 1, False, 1)]

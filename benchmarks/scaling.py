@@ -26,13 +26,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import label_maps, stamp, synchronize, write_json
 from spade_fast import LabelMap
-from spade_fast import config as cfg
-from spade_fast.batches import pattern_sizes
-from spade_fast.building import build_networks
 from spade_fast.models import VGG19Features, init_weights
-from spade_fast.profiling import timed
-from spade_fast.ranks import Ranks
-from spade_fast.training_step import TrainingStep
+from spade_fast.train import config as cfg
+from spade_fast.train.batches import pattern_sizes
+from spade_fast.train.profiling import timed
+from spade_fast.train.ranks import Ranks
+from spade_fast.train.setup import build_networks
+from spade_fast.train.step import TrainingStep
 
 LABEL_NC = 184
 NODE = 8  # GPUs of a machine, in the model

@@ -2,10 +2,10 @@
 """The training step of the paper, fused against plain: ``python -m benchmarks.train_step``.
 
 Generator step (hinge, feature matching, VGG features with random weights), discriminator step on a new fake, both Adam
-updates, by `spade_fast.training_step` as training itself runs it; COCO-Stuff labels, random images. Baselines: the
+updates, by `spade_fast.train.step` as training itself runs it; COCO-Stuff labels, random images. Baselines: the
 plain system as the authors run it (`benchmarks.plain`: NCHW, eager, float32), and with everything torch offers:
 channels-last memory, AMP, torch.compile. The fused system gets labels whose patterns a data-loading process has found;
-on a GPU its step is first run with every host synchronisation made an error. On a CPU, memory is the resident set of a
+on a GPU its step is first run with every host synchronization made an error. On a CPU, memory is the resident set of a
 process that runs one system alone, over that of the same process before it built it, libraries loaded.
 """
 
@@ -24,13 +24,13 @@ from torch import Tensor
 from benchmarks.common import ROOT, interleave, label_maps, stamp, with_torch_spectral_norm, write_json
 from benchmarks.plain import PlainTrainingStep
 from spade_fast import LabelMap
-from spade_fast import config as cfg
-from spade_fast.batches import pattern_sizes
-from spade_fast.building import build_networks
 from spade_fast.models import VGG19Features, init_weights
-from spade_fast.profiling import PARTS, timed
-from spade_fast.ranks import Ranks
-from spade_fast.training_step import TrainingStep
+from spade_fast.train import config as cfg
+from spade_fast.train.batches import pattern_sizes
+from spade_fast.train.profiling import PARTS, timed
+from spade_fast.train.ranks import Ranks
+from spade_fast.train.setup import build_networks
+from spade_fast.train.step import TrainingStep
 
 LABEL_NC = 184
 PLAIN = "plain eager"
@@ -96,7 +96,7 @@ class System:
         return torch.stack([terms[name] for name in ("vgg", "gan", "feat", "d_fake", "d_real")])
 
     def load(self, other: System) -> None:
-        """The weights of another system, and optimisers that have done no step."""
+        """The weights of another system, and optimizers that have done no step."""
         for optimizer in self.step.optimizers.values():
             optimizer.state.clear()
         for name, net in self.step.nets.items():
@@ -128,7 +128,7 @@ def largest(fits: Callable[[int], bool], start: int, limit: int) -> int:
 
 
 def largest_batch(name: str, options: argparse.Namespace) -> int:
-    """Of a system on the GPU, two iterations (the second has the optimisers' state)."""
+    """Of a system on the GPU, two iterations (the second has the optimizers' state)."""
 
     def fits(batch: int) -> bool:
         try:
@@ -212,7 +212,7 @@ def measure(options: argparse.Namespace) -> dict:
         torch.cuda.set_sync_debug_mode("error")
         systems["fused"]()
         torch.cuda.set_sync_debug_mode("default")
-        result["host_synchronisations"] = 0
+        result["host_synchronizations"] = 0
     times = interleave(dict(systems), options.device, options.seconds, rounds=(3, 50))
     result["times"] = times
     result["images_per_second"] = {name: options.batch / t["median_ms"] * 1e3 for name, t in times.items()}

@@ -14,7 +14,7 @@
 #include <vector>
 
 // A function compiled for several instruction sets, one of which is chosen when the library is loaded. Its loops run
-// over contiguous channels, which the compiler vectorises.
+// over contiguous channels, which the compiler vectorizes.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define SPADE_FAST_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
@@ -47,7 +47,7 @@ inline at::MemoryFormat memory_format(const at::Tensor& x) {
 
 template <typename A>
 std::unique_ptr<A[]> buffer(int64_t size) {
-  return std::unique_ptr<A[]>(new A[size]);  // not initialised
+  return std::unique_ptr<A[]>(new A[size]);  // not initialized
 }
 
 // at::empty, for large tensors on large pages where the system gives them when asked: to map fresh memory by pages of

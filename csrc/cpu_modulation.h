@@ -24,7 +24,7 @@ struct ModulationCall {
   std::vector<View> params;       // by pixel
   std::vector<const A*> tables;   // by pattern, [P, 2C]
   const int32_t* ids = nullptr;   // [N, H·r, W·r]
-  const A *mean, *rstd;           // [groups, C]; 0 and 1 without normalisation
+  const A *mean, *rstd;           // [groups, C]; 0 and 1 without normalization
   std::vector<A> slopes;
   std::vector<at::Tensor> owners;
 

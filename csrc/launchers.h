@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// C launchers of the CUDA kernels: no torch, no allocation, no synchronisation.
+// C launchers of the CUDA kernels: no torch, no allocation, no synchronization.
 //
 // Pointers are to device memory; work is queued on `stream` of the current device. Every launcher returns the first
 // CUDA error (0 = success); cudaErrorInvalidValue also stands for arguments outside what is documented here. Empty
 // inputs queue nothing but what their outputs need. Tensors are contiguous in the layout named. Pointers need no more
 // than their element's alignment: kernels use 16-byte accesses where pointers and channels allow it, else scalars.
-// `workspace` is uninitialised memory of *_workspace() bytes, aligned to 256, free again when the work is done.
+// `workspace` is uninitialized memory of *_workspace() bytes, aligned to 256, free again when the work is done.
 #pragma once
 
 #include <stddef.h>
@@ -64,7 +64,7 @@ typedef struct {
   int64_t groups;            // rows of mean and rstd: 1 or n
   int64_t patterns;          // rows of params unless dense
   const void* x;             // [n, c, h, w]
-  const float* mean;         // [groups, c], or NULL: no normalisation
+  const float* mean;         // [groups, c], or NULL: no normalization
   const float* rstd;         // [groups, c], or NULL
   const int32_t* ids;        // [n, Ho, Wo] unless dense. An id < 0: gamma = beta = 0
   const void* params[2];     // [patterns, 2c] = [gamma | beta]; dense [n, 2c, Ho, Wo]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// modulation: normalise, scale and shift by pattern or by pixel, LeakyReLU and nearest ×r, reading x once.
+// modulation: normalize, scale and shift by pattern or by pixel, LeakyReLU and nearest ×r, reading x once.
 #include <torch/library.h>
 
 #include "cpu_modulation.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// modulation: normalise, scale and shift by pattern or per pixel, LeakyReLU, nearest ×2 of the input, in one pass.
+// modulation: normalize, scale and shift by pattern or per pixel, LeakyReLU, nearest ×2 of the input, in one pass.
 //
 // A thread has a vector of channels of one pixel of the *small* x (a few pixels where nothing is enlarged), so each
 // element of x is read once also when it is upsampled and when there are two outputs. All loads of x and ids are issued

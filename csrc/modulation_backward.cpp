@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // modulation_backward. By pattern: the gradient of the parameters as sums over each pattern's pixels, the sums that
-// normalisation's gradient needs as sums over patterns, then dx in one pass over the pixels. By pixel: one pass for the
+// normalization's gradient needs as sums over patterns, then dx in one pass over the pixels. By pixel: one pass for the
 // parameters' gradient and the sums, a second for dx where it depends on them.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -13,7 +13,7 @@
 namespace spade_fast::cpu {
 namespace {
 
-// What normalisation's gradient needs, [groups, C]: of dz·(1 + gamma) and of dz·(1 + gamma)·xhat, mean per pixel of x.
+// What normalization's gradient needs, [groups, C]: of dz·(1 + gamma) and of dz·(1 + gamma)·xhat, mean per pixel of x.
 // 0 when mean and rstd are constants.
 template <typename A>
 struct Correction {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// pattern_params: gamma and beta of every distinct pattern, from the hidden rows of its k×k neighbours; and its gradient.
+// pattern_params: gamma and beta of every distinct pattern, from the hidden rows of its k×k neighbors; and its gradient.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>

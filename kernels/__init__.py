@@ -2,7 +2,7 @@
 """Triton kernels, one file an op, installed as ``spade_fast.kernels``.
 
 Every launcher has the signature of its op's ``<op>_torch`` and is imported only when the backend is chosen, so a
-machine without Triton still imports the package. Nothing here synchronises with the host, except ``patterns``, whose
+machine without Triton still imports the package. Nothing here synchronizes with the host, except ``patterns``, whose
 output size depends on the data: one read.
 """
 

@@ -57,7 +57,7 @@ def on_device(t: torch.Tensor):
 
 
 def empty_activation(like: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """Uninitialised [N,C,H,W] in the memory layout of `like`: channels-last stays so, anything else gets NCHW."""
+    """Uninitialized [N,C,H,W] in the memory layout of `like`: channels-last stays so, anything else gets NCHW."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout_of(like))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""modulation: normalise, scale and shift by pattern or per pixel, LeakyReLU, nearest ×2 of the input, in one pass.
+"""modulation: normalize, scale and shift by pattern or per pixel, LeakyReLU, nearest ×2 of the input, in one pass.
 
 Programs tile the pixels of the *small* x, so each element of x is read once also when it is upsampled and when there
 are two outputs; the up² output positions of a pixel are a compile-time loop.

@@ -6,8 +6,8 @@
     between s1 = Σ_p (1 + gamma_p) dbeta_p, s2 = Σ_p (1 + gamma_p) dgamma_p     per channel (and sample)
     pass 2  dx = rstd (Σ dz (1 + gamma) - s1/n - xhat s2/n)                     n elements of x a group
 
-s1 and s2 are the sums over pixels of dxhat and dxhat·xhat, which batch normalisation's backward needs. Between the
-passes a synchronised norm adds them (and n) over its processes.
+s1 and s2 are the sums over pixels of dxhat and dxhat·xhat, which batch normalization's backward needs. Between the
+passes a synchronized norm adds them (and n) over its processes.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ HASH_BITS = 63  # of a key; fewer only to force collisions in tests
 
 @triton.jit
 def _code_at(codes, n, y, x, dy, dx, H, W, mask):
-    """Code of the neighbour (dy, dx), -1 outside the image."""
+    """Code of the neighbor (dy, dx), -1 outside the image."""
     y += dy
     x += dx
     mask = mask & (y >= 0) & (y < H) & (x >= 0) & (x < W)
@@ -98,7 +98,7 @@ def _launch(kernel, codes: torch.Tensor, *args: torch.Tensor | int, k: int) -> N
 
 
 def _first_equal(keys: torch.Tensor) -> torch.Tensor:
-    """For every position the first position with the same key. No host synchronisation."""
+    """For every position the first position with the same key. No host synchronization."""
     ordered, order = torch.sort(keys, stable=True)
     fresh = torch.ones_like(ordered, dtype=torch.bool)
     torch.ne(ordered[1:], ordered[:-1], out=fresh[1:])

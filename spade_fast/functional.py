@@ -10,11 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spade_fast import layers, ops, reference
-from spade_fast.as_built import changed_norm
-from spade_fast.label_map import LabelMap
-from spade_fast.map_scope import recognized
-from spade_fast.patterns import Patterns
+from spade_fast import reference
+from spade_fast.labels.label_map import LabelMap
+from spade_fast.labels.map_scope import recognized
+from spade_fast.labels.pattern_tables import Patterns
+from spade_fast.layers import spade as layers
+from spade_fast.layers.as_built import changed_norm
+from spade_fast.ops.embedding_sum import embedding_sum
+from spade_fast.ops.modulation import modulation
+from spade_fast.ops.pattern_params import pattern_params
+from spade_fast.ops.statistics import statistics
 
 EPS = 1e-5  # of the norms that are named
 Norm = str | Callable[[Tensor], Tensor] | None
@@ -106,7 +111,7 @@ def gamma_beta(
     Args:
         labels: LabelMap, or a map [N, label_nc, h, w]; an exactly one-hot tensor is taken as a LabelMap.
         network: the weights.
-        size: (H, W) to resize the labels to by nearest neighbour; their own by default.
+        size: (H, W) to resize the labels to by nearest neighbor; their own by default.
 
     Returns:
         Two tensors [N, C, H, W].
@@ -128,7 +133,7 @@ def spade(x: Tensor, labels: LabelMap | Tensor, network: ModulationNetwork, norm
 
     Args:
         x: activation [N, C, H, W].
-        labels: LabelMap, or a map [N, label_nc, h, w], resized by nearest neighbour to H×W; an exactly one-hot tensor
+        labels: LabelMap, or a map [N, label_nc, h, w], resized by nearest neighbor to H×W; an exactly one-hot tensor
             is taken as a LabelMap.
         network: the weights.
         norm: None; ``batch`` (statistics of this batch) or ``instance``, eps 1e-5; or a function or module of x. An
@@ -152,7 +157,7 @@ def spade(x: Tensor, labels: LabelMap | Tensor, network: ModulationNetwork, norm
     x, mean, rstd, depends = _normalization(x, norm)
     p = found.patterns
     ids, order, offsets = (None, None, None) if p is None else (p.ids, p.order, p.offsets)
-    return ops.modulation(x, mean, rstd, [found.values], ids, order, offsets, [1.0], 1, depends)[0]
+    return modulation(x, mean, rstd, [found.values], ids, order, offsets, [1.0], 1, depends)[0]
 
 
 def positional_norm(x: Tensor) -> Tensor:
@@ -164,7 +169,7 @@ def positional_norm(x: Tensor) -> Tensor:
 
 def conditioning(labels: LabelMap | Tensor) -> LabelMap | ConstantsAndLabels | Tensor:
     """What a map stands for: a LabelMap, one behind constant channels, or itself."""
-    found = layers.recognise(labels)
+    found = layers.recognize(labels)
     if found is not labels or isinstance(labels, LabelMap):
         return found
     if labels.requires_grad or labels.is_meta or torch.compiler.is_compiling() or not labels.is_floating_point():
@@ -227,7 +232,7 @@ def _parameters(
     if patterns is None:
         values = _by_pixel(hidden, network, gamma_bias, reflect)
     else:
-        values = ops.pattern_params(
+        values = pattern_params(
             hidden,
             patterns.taps,
             network.gamma_weight,
@@ -302,7 +307,7 @@ def _hidden_rows(
         image = image.repeat_interleave(torch.tensor(lengths, device=codes.device))
         shifted = codes.clamp(max=rows.shape[1] - 1) + image[:, None] * rows.shape[1]
         codes = torch.where(codes < 0, codes, shifted)
-    out = ops.embedding_sum(table, network.shared_bias, codes, labels.has_edges, relu=slope == 0.0)
+    out = embedding_sum(table, network.shared_bias, codes, labels.has_edges, relu=slope == 0.0)
     return out if slope == 0.0 else _activate(out, slope)
 
 
@@ -346,7 +351,7 @@ def _normalization(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor | None, Tensor
     count = h * w if per_sample else n * h * w
     if count < 2 or x.numel() == 0:  # an error, or nothing to do: the norm's own
         return norm(x), None, None, False
-    mean, m2 = ops.statistics(x, per_sample)
+    mean, m2 = statistics(x, per_sample)
     if not per_sample and norm.training and norm.running_mean is not None:
         _update_running(norm, mean[0], m2[0] / (count - 1))
     return x, mean, torch.rsqrt(m2 / count + norm.eps), True

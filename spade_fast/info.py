@@ -10,8 +10,9 @@ import sys
 
 import torch
 
-from spade_fast import __version__, native
-from spade_fast.ops import backend
+from spade_fast import __version__
+from spade_fast.native import loader as native
+from spade_fast.ops import _backend
 
 
 def _version(package: str) -> str:
@@ -51,12 +52,12 @@ def report() -> str:
     lines += _extension()
     for device in devices:
         lines.append(f"backends for {device} tensors:")
-        for name in backend.NAMES:
-            lines.append(f"  {name}: {backend.why_not(name, device) or 'available'}")
+        for name in _backend.NAMES:
+            lines.append(f"  {name}: {_backend.why_not(name, device) or 'available'}")
         lines.append(f"operations on {device} tensors run on:")
-        for op in backend.OPS:
+        for op in _backend.OPS:
             try:
-                lines.append(f"  {op}: {backend.choose(op, torch.device(device))}")
+                lines.append(f"  {op}: {_backend.choose(op, torch.device(device))}")
             except RuntimeError as error:
                 lines.append(f"  {op}: {error}")
     return "\n".join(lines)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures for people: coloured label maps, images from tensors, contact sheets with captions."""
+"""Pictures for people: colored label maps, images from tensors, contact sheets with captions."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
 
 
 def colorize(label: torch.Tensor | np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] colours of a label map.
+    """uint8 [H, W, 3] colors of a label map.
 
     Args:
         label: [H, W] integers; the ignore value (any negative) is black.
         palette: uint8 [num_classes, 3].
 
     Raises:
-        ValueError: a label without a colour, or a wrong shape.
+        ValueError: a label without a color, or a wrong shape.
     """
     label = np.asarray(label)
     palette = np.asarray(palette, dtype=np.uint8)
@@ -35,7 +35,7 @@ def colorize(label: torch.Tensor | np.ndarray, palette: np.ndarray) -> np.ndarra
     if palette.ndim != 2 or palette.shape[1] != 3:
         raise ValueError(f"palette must have shape [num_classes, 3], got {list(palette.shape)}")
     if label.size and label.max() >= len(palette):
-        raise ValueError(f"label has value {label.max()}, but the palette has {len(palette)} colours")
+        raise ValueError(f"label has value {label.max()}, but the palette has {len(palette)} colors")
     with_black = np.concatenate([palette, np.zeros((1, 3), np.uint8)])
     return with_black[np.where(label < 0, len(palette), label)]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from spade_fast.config import TrainConfig, resolve
-from spade_fast.trainer import Trainer
+from spade_fast.train.config import TrainConfig, resolve
+from spade_fast.train.trainer import Trainer
 
 
 def l1_to_real(trainer: Trainer) -> float:

@@ -44,9 +44,9 @@ class InstanceNorm2d(nn.InstanceNorm2d):
 
 
 def param_free_norm(norm: str, num_features: int) -> nn.Module:
-    """The normalisation of a SPADE layer, without learned affine parameters (eps 1e-5).
+    """The normalization of a SPADE layer, without learned affine parameters (eps 1e-5).
 
-    ``syncbatch`` is batch normalisation; across processes convert the network with
+    ``syncbatch`` is batch normalization; across processes convert the network with
     ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
     """
     if norm in ("syncbatch", "batch"):
@@ -57,7 +57,7 @@ def param_free_norm(norm: str, num_features: int) -> nn.Module:
 
 
 class SPADE(nn.Module):
-    """Spatially-adaptive normalisation, written out plainly (Park et al., CVPR 2019, section 3, equation 1).
+    """Spatially-adaptive normalization, written out plainly (Park et al., CVPR 2019, section 3, equation 1).
 
     ``out = norm(x) * (1 + gamma(segmap)) + beta(segmap)``, where ``segmap`` is nearest-resized to the size of ``x``,
     and gamma and beta are two convolutions over a shared ``relu(convolution(segmap))``.
@@ -85,11 +85,11 @@ class SPADE(nn.Module):
         self.mlp_beta = nn.Conv2d(hidden_nc, norm_nc, kernel_size, padding=padding)
 
     def forward(self, x: Tensor, segmap: Tensor) -> Tensor:
-        """Normalise and modulate.
+        """Normalize and modulate.
 
         Args:
             x: activation [N, norm_nc, H, W].
-            segmap: one-hot (or any dense) map [N, label_nc, h, w]; resized to H×W by nearest neighbour.
+            segmap: one-hot (or any dense) map [N, label_nc, h, w]; resized to H×W by nearest neighbor.
 
         Returns:
             [N, norm_nc, H, W].

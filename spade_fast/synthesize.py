@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m spade_fast.synthesize`: images from label maps, with a trained or a released generator.
 
-The generator runs in evaluation mode: batch normalisation uses the running statistics of training, so an image does not
+The generator runs in evaluation mode: batch normalization uses the running statistics of training, so an image does not
 depend on which others are made with it.
 """
 
@@ -21,14 +21,23 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from spade_fast import data, models, pictures
-from spade_fast.building import label_map, pick_device
-from spade_fast.checkpoint import FORMAT, WEIGHTS, CheckpointError, load_encoder, load_generator, resolve, safe_load
-from spade_fast.config import ConfigError, migrate, parse
+from spade_fast.cli import ConfigError, pick_device
 from spade_fast.data.reading import read_image
 from spade_fast.data.transforms import image_to_tensor
 from spade_fast.files import WriteError, one_line, require_writable, run_command, writing
+from spade_fast.labels.batch import batch_labels
+from spade_fast.models.checkpoint import (
+    FORMAT,
+    WEIGHTS,
+    CheckpointError,
+    load_encoder,
+    load_generator,
+    resolve,
+    safe_load,
+)
 from spade_fast.models.generator import UPSAMPLING_LAYERS
 from spade_fast.reference import NORMS
+from spade_fast.train.config import migrate, parse
 
 # What a checkpoint of this package knows of its data, and the command line may say otherwise.
 DATA_OPTIONS = ("dataset", "num_classes", "ignore_value", "shift_labels", "use_edges")
@@ -142,7 +151,7 @@ def run(args: argparse.Namespace) -> Path:
         sample = dataset[index]
         name = unique_name(sample["path"], taken)
         taken.add(name)
-        labels = label_map(default_collate([sample]), dataset.num_classes, device)
+        labels = batch_labels(default_collate([sample]), dataset.num_classes, device)
         z = None if z_dim is None else choose_z(args.samples, draw_z(args.samples, z_dim, args.seed, name), style)
         made = []
         for k in range(args.samples):

@@ -13,7 +13,7 @@ with contextlib.suppress(ImportError):  # before anything imports triton: its ke
 
 import cuda_harness  # after triton_interpreter
 
-from spade_fast.ops import backend as backends
+from spade_fast.ops import _backend as backends
 
 
 @pytest.fixture(params=backends.NAMES)

@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from spade_fast import config as cfg
-from spade_fast.checkpoint import CheckpointError, atomic_save, safe_load
 from spade_fast.files import WriteError, require_writable
 from spade_fast.models import VGGWeightsError, load_vgg19
-from spade_fast.run_directory import LOCK, RunDirectory, RunDirectoryError
-from spade_fast.stopping import STOPPING, StopSignals
+from spade_fast.models.checkpoint import CheckpointError, atomic_save, safe_load
 from spade_fast.synthesize import main as synthesize
-from spade_fast.train import main as train
+from spade_fast.train import config as cfg
+from spade_fast.train.__main__ import main as train
+from spade_fast.train.run_directory import LOCK, RunDirectory, RunDirectoryError
+from spade_fast.train.stopping import STOPPING, StopSignals
 
 TINY = (
     "--dataset synthetic --synthetic-size 4 --crop-size 64 --ngf 4 --ndf 4 --num-d 1 --batch-size 2 --lambda-vgg 0 "
@@ -39,7 +39,7 @@ def last_line(capsys):
 
 HOLD = """
 import sys, time
-from spade_fast.run_directory import RunDirectory
+from spade_fast.train.run_directory import RunDirectory
 run = RunDirectory(sys.argv[1])
 run.lock()
 print("held", flush=True)
@@ -84,7 +84,7 @@ def test_two_runs_of_one_process_exclude_each_other(tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(RunDirectoryError, match=r"run: another run of this process .* trains in this directory"):
         second.lock()
-    code = "import sys; from spade_fast.run_directory import RunDirectory; RunDirectory(sys.argv[1]).lock()"
+    code = "import sys; from spade_fast.train.run_directory import RunDirectory; RunDirectory(sys.argv[1]).lock()"
     result = subprocess.run([sys.executable, "-c", code, first.path], capture_output=True, text=True)
     assert result.returncode == 1 and f"another process (process {os.getpid()} on " in result.stderr
     first.unlock()
@@ -120,7 +120,7 @@ def test_where_nothing_can_be_written_is_known_before_data_is_read(tmp_path, cap
 
 FULL = """
 import resource, sys, torch
-from spade_fast.checkpoint import atomic_save
+from spade_fast.models.checkpoint import atomic_save
 from spade_fast.files import WriteError
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
@@ -216,7 +216,7 @@ def test_a_checkpoint_that_holds_something_else(tmp_path, capsys, held):
 def test_one_value_a_channel_is_refused_before_training(tmp_path, capsys):
     options = [*TINY, "--crop-size", "32", "--steps", "1", "--out", str(tmp_path / "run")]
     assert train([*options, "--accumulate", "2"]) == 1
-    assert "one value a channel to normalise" in last_line(capsys) and not (tmp_path / "run").exists()
+    assert "one value a channel to normalize" in last_line(capsys) and not (tmp_path / "run").exists()
     assert train(options) == 0
 
 
@@ -269,7 +269,7 @@ def test_signals_are_kept_and_only_a_second_interrupt_ends_at_once(number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_later_sigterm_ends_at_once(number, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("spade_fast.stopping.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("spade_fast.train.stopping.time.monotonic", lambda: now[0])
     with StopSignals() as stop:
         os.kill(os.getpid(), number)
         now[0] += 0.9
@@ -283,7 +283,7 @@ def test_a_later_sigterm_ends_at_once(number, monkeypatch):
 
 def test_a_sigterm_after_a_warning_still_lets_the_run_be_saved(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("spade_fast.stopping.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("spade_fast.train.stopping.time.monotonic", lambda: now[0])
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         now[0] += 60
@@ -303,7 +303,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_the_run(tmp_path, capsys, monkeypatch, number):
-    from spade_fast.trainer import Trainer
+    from spade_fast.train.trainer import Trainer
 
     step = Trainer.train_step
 

@@ -15,7 +15,7 @@ from spade_fast.functional import (
     positional_norm,
     spade,
 )
-from spade_fast.map_scope import map_scope, recognized
+from spade_fast.labels.map_scope import map_scope, recognized
 
 LABELS, HIDDEN, CHANNELS = 5, 8, 6
 

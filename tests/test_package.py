@@ -69,9 +69,9 @@ def test_metadata(wheel):
 
 SMALL_LAYER = """
 import torch, spade_fast
-from spade_fast import ops
+from spade_fast.ops import _backend
 print(spade_fast.__file__)
-print(ops.backend.choose("patterns", torch.device("cpu")))
+print(_backend.choose("patterns", torch.device("cpu")))
 torch.manual_seed(0)
 layer = spade_fast.FusedSPADE(4, 3)
 plain = spade_fast.reference.SPADE(4, 3)

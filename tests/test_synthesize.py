@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from spade_fast import LabelMap, models
-from spade_fast.checkpoint import FORMAT
+from spade_fast.models.checkpoint import FORMAT
 from spade_fast.pictures import to_uint8
 from spade_fast.synthesize import choose_z, draw_z, main, parser, recall, unique_name
 
@@ -59,7 +59,7 @@ def test_an_image_a_map_named_after_it_is_the_generators(files, tmp_path):
         ids = torch.from_numpy(np.array(Image.open(files / f"label/{name}.png"))).long()[None]
         with torch.no_grad():
             expected = to_uint8(generator.eval()(LabelMap(ids, 3))[0])
-        # one grey level: a value next to a rounding boundary may fall on either side
+        # one gray level: a value next to a rounding boundary may fall on either side
         assert np.abs(made[f"{name}.png"].astype(int) - expected).max() <= 1
         assert expected.std() > 5
     assert not np.array_equal(made["a.png"], made["b.png"])
@@ -174,7 +174,7 @@ def test_a_bare_state_dict_needs_only_what_its_tensors_do_not_tell(files, tmp_pa
 
 
 def test_a_run_remembers_its_data(tmp_path, capsys):
-    from spade_fast.train import main as train
+    from spade_fast.train.__main__ import main as train
 
     options = (
         "--dataset synthetic --crop-size 32 --ngf 4 --ndf 4 --batch-size 2 --synthetic-size 4 --steps 1 --workers 0"

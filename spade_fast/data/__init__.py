@@ -9,11 +9,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from . import ade20k, cityscapes, coco, folder, synthetic
+from . import ade20k, cityscapes, coco, folder
 from .base import FileDataset, SegmentationDataset, Spec
 from .matching import FileList
 from .reading import IGNORE, DataError
-from .synthetic import SyntheticDataset
+from .synthetic.dataset import DEFAULTS as SYNTHETIC_DEFAULTS
+from .synthetic.dataset import SyntheticDataset
 from .transforms import PREPROCESS_MODES, Geometry, default_load_size, instances_to_edges
 
 __all__ = [
@@ -37,7 +38,7 @@ _DEFAULTS = {
     "cityscapes": cityscapes.DEFAULTS,
     "flickr": coco.FLICKR_DEFAULTS,
     "folder": folder.DEFAULTS,
-    "synthetic": synthetic.DEFAULTS,
+    "synthetic": SYNTHETIC_DEFAULTS,
 }
 DATASETS = tuple(_DEFAULTS)
 PHASES = ("train", "val")

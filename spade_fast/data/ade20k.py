@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .base import Spec
-from .palettes import distinct_colours
+from .palettes import distinct_colors
 from .reading import DataError
 
 DEFAULTS = {"num_classes": 151, "use_edges": False, "preprocess": "resize_and_crop", "crop_size": 256}
@@ -88,7 +88,7 @@ def spec(name: str, phase: str, root: Path | None, shift_labels: bool) -> Spec:
     return Spec(
         name=name,
         num_classes=DEFAULTS["num_classes"],
-        palette=distinct_colours(DEFAULTS["num_classes"]),
+        palette=distinct_colors(DEFAULTS["num_classes"]),
         class_names=None,
         classes=stored_values(shift_labels),
         image_dir=base / "images" / _FOLDERS[phase],

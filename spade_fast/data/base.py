@@ -38,7 +38,7 @@ class SegmentationDataset(Dataset):
         num_classes: classes, the unknown class included.
         has_edges: whether items carry instance edges.
         class_names: a name a class, or None.
-        palette: uint8 [num_classes, 3], a colour a class.
+        palette: uint8 [num_classes, 3], a color a class.
         geometry: resize, crop and flip.
     """
 
@@ -140,12 +140,12 @@ def _ranges(values: Iterable[int]) -> str:
 @dataclass(frozen=True)
 class Inspection:
     """What one sample's files hold: faults; pixels of each class, int64 [num_classes], or None if unreadable; and, for
-    a label map with a palette, the colour of each stored value that occurs."""
+    a label map with a palette, the color of each stored value that occurs."""
 
     faults: list[str]
     counts: np.ndarray | None
     path: str | None = None
-    colours: dict[int, tuple[int, int, int]] = field(default_factory=dict)
+    colors: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
 
 class FileDataset(SegmentationDataset):
@@ -289,13 +289,13 @@ class FileDataset(SegmentationDataset):
         if bad.tolist() == [255]:
             if set(np.unique(values).tolist()) <= {0, 255}:
                 message += (
-                    ". It looks like a 0/255 mask: store 0 and 1 with --num-classes 2, or, if 255 means unlabelled, "
+                    ". It looks like a 0/255 mask: store 0 and 1 with --num-classes 2, or, if 255 means unlabeled, "
                     "pass --ignore-value 255"
                 )
             else:
-                message += ". If 255 marks unlabelled pixels, pass --ignore-value 255"
+                message += ". If 255 marks unlabeled pixels, pass --ignore-value 255"
         elif bad.tolist() == [-1]:
-            message += ". If -1 marks unlabelled pixels, pass --ignore-value -1"
+            message += ". If -1 marks unlabeled pixels, pass --ignore-value -1"
         elif bad.tolist() == [self.num_classes] and int(values.min()) >= 1:
             message += ". The values seem to start at 1: store them from 0, or raise --num-classes by one"
         return message
@@ -323,7 +323,7 @@ class FileDataset(SegmentationDataset):
         sample = (self.samples + self.incomplete)[index] if self.incomplete else self.samples[index]
         faults: list[str] = []
         counts = size = None
-        colours = {}
+        colors = {}
 
         def attempt(action: Callable, *arguments):
             try:
@@ -341,7 +341,7 @@ class FileDataset(SegmentationDataset):
                 palette = read_palette(sample.label)
                 if palette is not None:
                     used = np.unique(values[classes >= 0]).tolist()
-                    colours = {value: tuple(palette[value].tolist()) for value in used if 0 <= value < len(palette)}
+                    colors = {value: tuple(palette[value].tolist()) for value in used if 0 <= value < len(palette)}
             attempt(self.geometry.place, *size, np.random.default_rng(0), sample.label)
         if sample.image is not None:
             image = attempt(read_image, sample.image)
@@ -351,7 +351,7 @@ class FileDataset(SegmentationDataset):
             ids = attempt(read_instances, sample.instance)
             if ids is not None and size is not None:
                 attempt(_same_size, sample.instance, "instance map", ids.shape[::-1], sample.label, size)
-        return Inspection(faults, counts, sample.label, colours)
+        return Inspection(faults, counts, sample.label, colors)
 
 
 def _folder(kinds: list[tuple], kind: str) -> Path:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from spade_fast import config as training
+from spade_fast.train import config as training
 
 from . import PHASES, make_dataset
 from .base import FileDataset, SegmentationDataset
@@ -52,7 +52,7 @@ def scan(dataset: SegmentationDataset, workers: int = 0, label: str = "check") -
     faults = [*getattr(dataset, "absent", ()), *getattr(dataset, "faults", ())]
     pixels = np.zeros(dataset.num_classes, dtype=np.int64)
     samples = np.zeros(dataset.num_classes, dtype=np.int64)
-    seen: dict[int, tuple[tuple[int, int, int], str]] = {}  # stored value -> its colour in the first file that has it
+    seen: dict[int, tuple[tuple[int, int, int], str]] = {}  # stored value -> its color in the first file that has it
     differing: dict[int, str] = {}
     total = len(dataset) + len(getattr(dataset, "incomplete", ()))  # files without a partner may have other faults too
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -61,17 +61,17 @@ def scan(dataset: SegmentationDataset, workers: int = 0, label: str = "check") -
             if found.counts is not None:
                 pixels += found.counts
                 samples += found.counts > 0
-            for value, colour in found.colours.items():
-                first, path = seen.setdefault(value, (colour, found.path))
-                if first != colour:
+            for value, color in found.colors.items():
+                first, path = seen.setdefault(value, (color, found.path))
+                if first != color:
                     differing.setdefault(
-                        value, f"label {value} has colour {colour} in the palette of {found.path}, {first} in {path}"
+                        value, f"label {value} has color {color} in the palette of {found.path}, {first} in {path}"
                     )
     warnings = []
     if differing:
         more = f" (and {len(differing) - 1} more labels)" if len(differing) > 1 else ""
         warnings.append(
-            f"palettes differ: {differing[min(differing)]}{more}. Labels are the indices, not the colours: do they "
+            f"palettes differ: {differing[min(differing)]}{more}. Labels are the indices, not the colors: do they "
             "number the classes alike?"
         )
     return Scan(faults, warnings, pixels, samples)

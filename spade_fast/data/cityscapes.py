@@ -5,7 +5,7 @@
     dataroot/gtFine/train/CITY/*_gtFine_labelIds.png      0..33
     dataroot/gtFine/train/CITY/*_gtFine_instanceIds.png   16 bits: label, or label * 1000 + number
 
-35 classes as in the authors' options: ids 0..33, and 34 for the licence plate, whose id -1 the label maps do not hold.
+35 classes as in the authors' options: ids 0..33, and 34 for the license plate, whose id -1 the label maps do not hold.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from .base import Spec
-from .palettes import distinct_colours
+from .palettes import distinct_colors
 
 DEFAULTS = {"num_classes": 35, "use_edges": True, "preprocess": "fixed", "crop_size": 512, "aspect_ratio": 2.0}
 
-# Names and colours of the Cityscapes label definitions, by id.
+# Names and colors of the Cityscapes label definitions, by id.
 _CLASSES = [
     ("unlabeled", None), ("ego vehicle", None), ("rectification border", None), ("out of roi", None),
     ("static", None), ("dynamic", (111, 74, 0)), ("ground", (81, 0, 81)), ("road", (128, 64, 128)),
@@ -37,12 +37,12 @@ CLASS_NAMES = [name for name, _ in _CLASSES]
 
 
 def palette() -> np.ndarray:
-    """uint8 [35, 3]; classes that are black or alike in Cityscapes get a colour of their own."""
-    colours = distinct_colours(len(_CLASSES)) // 4  # dark, and unlike any colour above
-    for number, (_, colour) in enumerate(_CLASSES):
-        if colour is not None:
-            colours[number] = colour
-    return colours
+    """uint8 [35, 3]; classes that are black or alike in Cityscapes get a color of their own."""
+    colors = distinct_colors(len(_CLASSES)) // 4  # dark, and unlike any color above
+    for number, (_, color) in enumerate(_CLASSES):
+        if color is not None:
+            colors[number] = color
+    return colors
 
 
 def _without(ending: str) -> Callable[[str], str | None]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO-Stuff in the directory layout of the SPADE authors' release, and Flickr Landscapes labelled in its classes.
+"""COCO-Stuff in the directory layout of the SPADE authors' release, and Flickr Landscapes labeled in its classes.
 
     dataroot/train_img/*.jpg    photographs             (val_img, ...)
     dataroot/train_label/*.png  0..181, 255 = unknown   (val_label, ...)
@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .base import Spec
-from .palettes import distinct_colours
+from .palettes import distinct_colors
 
 UNKNOWN = 182
 DEFAULTS = {"num_classes": 183, "use_edges": True, "preprocess": "resize_and_crop", "crop_size": 256}
@@ -56,7 +56,7 @@ def spec(name: str, phase: str, root: Path | None) -> Spec:
     return Spec(
         name=name,
         num_classes=DEFAULTS["num_classes"],
-        palette=distinct_colours(DEFAULTS["num_classes"]),
+        palette=distinct_colors(DEFAULTS["num_classes"]),
         class_names=list(CLASS_NAMES),
         classes=stored_values(),
         image_dir=base / f"{phase}_img",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .base import Spec
-from .palettes import distinct_colours
+from .palettes import distinct_colors
 from .reading import DataError
 
 DEFAULTS = {"num_classes": None, "use_edges": True, "preprocess": "resize_and_crop", "crop_size": 256}
@@ -36,7 +36,7 @@ def spec(
     return Spec(
         name=name,
         num_classes=num_classes,
-        palette=distinct_colours(num_classes),
+        palette=distinct_colors(num_classes),
         class_names=None,
         classes={value: value for value in range(num_classes)},
         image_dir=image_dir,

@@ -74,7 +74,7 @@ def difference(names: Iterable[str], others: Iterable[str], kind: str, other: st
         turned = sorted(map(turn, others))
         pairs: Counter[tuple[str, str]] = Counter()
         for name in map(turn, names):
-            at = bisect.bisect(turned, name)  # its neighbours have the most in common with it
+            at = bisect.bisect(turned, name)  # its neighbors have the most in common with it
             best = min(turned[max(0, at - 1) : at + 1], key=lambda o: (-_common(name, o), len(o)), default="")
             if shared := _common(name, best):
                 pairs[turn(name[shared:]), turn(best[shared:])] += 1

@@ -11,7 +11,7 @@ _TOKEN = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*([^\s#]+)")
 _KINDS = {b"P1": "bits as text", b"P2": "text", b"P4": "bits", b"P5": "bytes"}
 
 
-def is_grey(data: bytes) -> bool:
+def is_gray(data: bytes) -> bool:
     """Whether a file's first bytes are those of a PBM or a PGM."""
     return data[:2] in _KINDS and data[2:3].isspace()
 

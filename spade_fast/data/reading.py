@@ -145,15 +145,15 @@ def _upright(values: np.ndarray, image: Image.Image) -> np.ndarray:
 
 
 def _png_bits(path: str | os.PathLike) -> int:
-    """Bits of a grey PNG's pixel; 8 for any other."""
+    """Bits of a gray PNG's pixel; 8 for any other."""
     with open(path, "rb") as file:
         head = file.read(26)
-    grey = len(head) == 26 and head[:8] == b"\x89PNG\r\n\x1a\n" and head[25] == 0
-    return head[24] if grey else 8
+    gray = len(head) == 26 and head[:8] == b"\x89PNG\r\n\x1a\n" and head[25] == 0
+    return head[24] if gray else 8
 
 
 def _stored(image: Image.Image, path: str | os.PathLike, what: str) -> np.ndarray:
-    """Undoes what Pillow does to grey values: [H, W] integers as the file has them."""
+    """Undoes what Pillow does to gray values: [H, W] integers as the file has them."""
     values = np.asarray(image)
     if image.mode == "F":
         whole = (
@@ -182,11 +182,11 @@ def _stored(image: Image.Image, path: str | os.PathLike, what: str) -> np.ndarra
     return values.astype(np.int32)
 
 
-def _read_indices(path: str | os.PathLike, what: str, colours: bool) -> np.ndarray:
+def _read_indices(path: str | os.PathLike, what: str, colors: bool) -> np.ndarray:
     """One integer a pixel [H, W], upright."""
     try:
         with open(path, "rb") as file:
-            if pnm.is_grey(file.read(3)):
+            if pnm.is_gray(file.read(3)):
                 file.seek(0)
                 return pnm.decode(file.read())
     except (OSError, ValueError) as error:
@@ -198,24 +198,24 @@ def _read_indices(path: str | os.PathLike, what: str, colours: bool) -> np.ndarr
     if lossy:
         things = "label values" if what == "label map" else "ids"
         raise DataError(f"{path}: the {what} is a {lossy}, whose compression changes {things}; save it as PNG")
-    if colours and image.mode == "RGB":
-        colour = np.asarray(image).astype(np.int32)
-        return _upright(colour[..., 0] << 16 | colour[..., 1] << 8 | colour[..., 2], image)
+    if colors and image.mode == "RGB":
+        color = np.asarray(image).astype(np.int32)
+        return _upright(color[..., 0] << 16 | color[..., 1] << 8 | color[..., 2], image)
     if image.mode not in _INDEX_MODES | {"F"}:
-        if colours:
+        if colors:
             raise DataError(f"{path}: the {what} has mode {image.mode!r}; expected 8-bit, 16-bit, palette or RGB")
         raise DataError(
-            f"{path}: the {what} has mode {image.mode!r}, so its pixels are colours; expected one class number a "
-            f"pixel (8-bit, 16-bit or palette PNG). Convert each colour to its class number first{_hint(image)}"
+            f"{path}: the {what} has mode {image.mode!r}, so its pixels are colors; expected one class number a "
+            f"pixel (8-bit, 16-bit or palette PNG). Convert each color to its class number first{_hint(image)}"
         )
     return _upright(_stored(image, path, what), image)
 
 
 def _hint(image: Image.Image) -> str:
-    """What to do where the colours are greys."""
+    """What to do where the colors are grays."""
     bands = [np.asarray(band) for band in image.split()]
     if image.mode == "LA":
-        return "; it is grey with an alpha channel: save it without the channel, if its grey is the class number"
+        return "; it is gray with an alpha channel: save it without the channel, if its gray is the class number"
     if image.mode in ("RGB", "RGBA") and all((band == bands[0]).all() for band in bands[1:3]):
         return "; its red, green and blue are equal: save one of them, if that is the class number"
     return ""
@@ -224,29 +224,27 @@ def _hint(image: Image.Image) -> str:
 def read_labels(path: str | os.PathLike) -> np.ndarray:
     """The values of a label map as stored: int32 [H, W], int64 where they need it; upright as `read_image`.
 
-    A palette image is read as its indices, not its colours. No grey value is scaled or inverted, whatever the maxval of
+    A palette image is read as its indices, not its colors. No gray value is scaled or inverted, whatever the maxval of
     a PGM, the bits, sign or photometric interpretation of a TIFF. Floating-point pixels must be whole numbers.
 
     Raises:
-        DataError: the file is unreadable, truncated, lossy (JPEG), stores colours rather than one value a pixel, or
+        DataError: the file is unreadable, truncated, lossy (JPEG), stores colors rather than one value a pixel, or
             holds several pictures.
     """
-    return _read_indices(path, "label map", colours=False)
+    return _read_indices(path, "label map", colors=False)
 
 
 def read_instances(path: str | os.PathLike) -> np.ndarray:
-    """The ids of an instance map, int32 [H, W], upright; in an RGB map each colour is an id.
+    """The ids of an instance map, int32 [H, W], upright; in an RGB map each color is an id.
 
     Raises:
         DataError: the file is unreadable, truncated, lossy (JPEG), of another mode, or holds several pictures.
     """
-    return _read_indices(path, "instance map", colours=True).astype(
-        np.int32
-    )  # unsigned ids wrap around: still distinct
+    return _read_indices(path, "instance map", colors=True).astype(np.int32)  # unsigned ids wrap around: still distinct
 
 
 def read_palette(path: str | os.PathLike) -> np.ndarray | None:
-    """Colours of a palette image, uint8 [n, 3], without decoding its pixels; None for any other file."""
+    """Colors of a palette image, uint8 [n, 3], without decoding its pixels; None for any other file."""
     try:
         with Image.open(path) as image:
             palette = image.getpalette("RGB") if image.mode == "P" else None

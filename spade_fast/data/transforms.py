@@ -65,7 +65,7 @@ class Geometry:
         load_size: width (or short side) to resize to before the crop.
         aspect_ratio: width / height of the result, for "resize_and_crop", "fixed" and every crop.
         flip: mirror half of the samples of a training set.
-        train: random crops and flips. Otherwise crops are taken from the centre, nothing is flipped, and
+        train: random crops and flips. Otherwise crops are taken from the center, nothing is flipped, and
             resize_and_crop and scale_shortside_and_crop load at crop_size, as the authors' test options do.
     """
 
@@ -153,7 +153,7 @@ def image_to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 
 def instances_to_edges(ids: np.ndarray) -> np.ndarray:
-    """Pixels with a 4-neighbour of another instance, both sides marked: integers [H, W] -> bool [H, W]."""
+    """Pixels with a 4-neighbor of another instance, both sides marked: integers [H, W] -> bool [H, W]."""
     edges = np.zeros(ids.shape, dtype=bool)
     across = ids[:, 1:] != ids[:, :-1]
     edges[:, 1:] |= across

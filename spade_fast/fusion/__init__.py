@@ -15,7 +15,7 @@ from spade_fast.fusion.forward import Adapter, FusedForward, ScopedForward
 from spade_fast.fusion.proof import Example, find_reading, kept, prove
 from spade_fast.fusion.report import FusedLayer, FuseReport
 from spade_fast.fusion.structure import NotUnderstood, understand
-from spade_fast.layers import FusedSPADE
+from spade_fast.layers.spade import FusedSPADE
 
 __all__ = ["FuseReport", "FusedLayer", "fuse", "unfuse"]
 

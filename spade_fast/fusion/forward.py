@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from spade_fast import reference
 from spade_fast.functional import conditioning, gamma_beta, spade
 from spade_fast.fusion.structure import Structure
-from spade_fast.label_map import LabelMap
-from spade_fast.map_scope import map_scope
+from spade_fast.labels.label_map import LabelMap
+from spade_fast.labels.map_scope import map_scope
 
 Adapter = Callable[..., tuple[Tensor, Tensor]]
 _PLAIN = (Tensor, nn.Parameter)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spade_fast.fusion.forward import Adapter, FusedForward
 from spade_fast.fusion.structure import NotUnderstood, Structure
-from spade_fast.map_scope import map_scope
+from spade_fast.labels.map_scope import map_scope
 
 # Relative to the largest output, and to the largest value of a gradient. The proof is in float64; in the module's own
 # dtype, sums in another order differ by this much.

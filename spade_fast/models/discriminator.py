@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spade_fast import ops
-from spade_fast.as_built import changed, changed_convolution, torch_only
-from spade_fast.label_map import LabelMap
-from spade_fast.layers import SLOPE
+from spade_fast.labels.label_map import LabelMap
+from spade_fast.layers.as_built import changed, changed_convolution, torch_only
+from spade_fast.layers.spade import SLOPE
 from spade_fast.models.norms import current_norm, normalized_conv
+from spade_fast.ops.label_conv import label_conv
 from spade_fast.reference import segmap_shape
 
 
@@ -46,7 +46,7 @@ class PatchDiscriminator(nn.Module):
         image_part = F.conv2d(image, weight[:, label_nc:], None, conv.stride, conv.padding)
         if isinstance(labels, LabelMap):
             table = weight[:, :label_nc].permute(2, 3, 1, 0).reshape(-1, label_nc, weight.shape[0])
-            label_part = ops.label_conv(
+            label_part = label_conv(
                 labels.codes, table, conv.bias, labels.has_edges, conv.kernel_size[0], 2, conv.padding[0], pooled
             )
         else:

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spade_fast import ops
-from spade_fast.as_built import changed, changed_convolution, torch_only
-from spade_fast.label_map import LabelMap
-from spade_fast.layers import SLOPE, SPADEResnetBlock, recognise, recomputing
-from spade_fast.map_scope import map_scope
+from spade_fast.labels.label_map import LabelMap
+from spade_fast.labels.map_scope import map_scope
+from spade_fast.layers.as_built import changed, changed_convolution, torch_only
+from spade_fast.layers.spade import SLOPE, SPADEResnetBlock, recognize, recomputing
+from spade_fast.layers.spectral import SpectralConv2d, has_spectral_norm
+from spade_fast.ops.label_conv import label_conv
 from spade_fast.reference import as_segmap, segmap_shape
-from spade_fast.spectral import SpectralConv2d, has_spectral_norm
 
 # Doublings from the first feature map to the image, by the option's name.
 UPSAMPLING_LAYERS = {"normal": 5, "more": 6, "most": 7}
@@ -53,7 +53,7 @@ class SPADEGenerator(nn.Module):
         crop_size: width of the image.
         aspect_ratio: width / height of the image.
         num_upsampling_layers: ``normal`` (5 doublings), ``more`` (6) or ``most`` (7, with one more block).
-        z_dim: size of the latent code; None starts from the map, downsampled by nearest neighbour.
+        z_dim: size of the latent code; None starts from the map, downsampled by nearest neighbor.
         norm, kernel_size: see :class:`spade_fast.reference.SPADE`.
         spectral_norm: whether the blocks' convolutions are spectrally normalized. A norm_G of the authors' code is
             ``**norm_g_options(norm_G)``.
@@ -162,7 +162,7 @@ class SPADEGenerator(nn.Module):
             if isinstance(labels, Tensor):
                 return self.fc(F.interpolate(labels, size=self.start, mode="nearest"))
             table = weight.permute(2, 3, 1, 0).reshape(9, *weight.shape[1::-1])
-            return ops.label_conv(labels.resized(*self.start), table, self.fc.bias, labels.has_edges, 3, padding=1)
+            return label_conv(labels.resized(*self.start), table, self.fc.bias, labels.has_edges, 3, padding=1)
         if z is None:
             z = torch.randn(n, self.z_dim, dtype=weight.dtype, device=weight.device)
         if z.shape != (n, self.z_dim):
@@ -188,7 +188,7 @@ class SPADEGenerator(nn.Module):
 
     def _synthesize(self, segmap: LabelMap | Tensor, z: Tensor | None) -> Tensor:
         fused = self.fused and not torch_only()
-        labels = recognise(segmap) if fused else segmap
+        labels = recognize(segmap) if fused else segmap
         if not fused or isinstance(labels, Tensor):
             labels = as_segmap(labels, next(self.parameters()).dtype)
         x = self._first_features(labels, z)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spade_fast.spectral import EPS, SpectralConv2d
+from spade_fast.layers.spectral import EPS, SpectralConv2d
 
 INITS = ("released", "glorot")
 

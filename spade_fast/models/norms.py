@@ -7,8 +7,8 @@ import re
 
 from torch import nn
 
+from spade_fast.layers.spectral import SpectralConv2d, has_spectral_norm
 from spade_fast.reference import InstanceNorm2d, check_layer_options
-from spade_fast.spectral import SpectralConv2d, has_spectral_norm
 
 SPECTRAL = "spectral"
 # Of the discriminator and the encoder.

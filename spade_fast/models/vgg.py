@@ -43,7 +43,7 @@ class VGG19Features(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         """Images [N, 3, H, W], H and W at least 16 -> relu1_1, relu2_1, relu3_1, relu4_1, relu5_1.
 
-        Images go in as they are, in [-1, 1]: the authors train with features of unnormalised input, and the loss
+        Images go in as they are, in [-1, 1]: the authors train with features of unnormalized input, and the loss
         weights belong to that.
         """
         x, outputs = image, []

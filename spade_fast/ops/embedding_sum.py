@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from spade_fast.ops import library
+from spade_fast.ops import _register
+from spade_fast.ops._segment_sum import bag_sum, segment_plan, segment_sum
 
 NOTHING = -1  # the row number of a code that contributes no row: outside the image, ignored, or no edge
 
@@ -55,22 +56,22 @@ def sum_rows(rows: Tensor, numbers: Tensor, weights: Tensor | None = None) -> Te
     bags, columns = numbers.shape
     if numbers.device.type == "cpu":
         numbers, offsets, present = _present(numbers)
-        return library.bag_sum(rows, numbers, offsets, None if weights is None else weights[present])
-    rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # no host synchronisation: a row of zeros instead
+        return bag_sum(rows, numbers, offsets, None if weights is None else weights[present])
+    rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])  # no host synchronization: a row of zeros instead
     numbers = torch.where(numbers < 0, rows.shape[0] - 1, numbers).view(-1)
     offsets = torch.arange(bags + 1, dtype=numbers.dtype, device=numbers.device) * columns
-    return library.bag_sum(rows, numbers, offsets, None if weights is None else weights.view(-1))
+    return bag_sum(rows, numbers, offsets, None if weights is None else weights.view(-1))
 
 
 def embedding_sum_torch(table: Tensor, bias: Tensor | None, codes: Tensor, edges: bool, relu: bool) -> Tensor:
     taps, num_rows, width = table.shape
-    acc = library.accumulation_dtype(table.dtype)
+    acc = _register.accumulation_dtype(table.dtype)
     rows = table.reshape(taps * num_rows, width).to(acc)
     if codes.device.type == "cpu":
         numbers, offsets = _remembered(
             codes, ("forward", num_rows, edges), lambda: _present(row_numbers(codes, num_rows, edges))[:2]
         )
-        out = library.bag_sum(rows, numbers, offsets)
+        out = bag_sum(rows, numbers, offsets)
     else:
         out = sum_rows(rows, row_numbers(codes, num_rows, edges))
     if bias is not None:
@@ -87,7 +88,7 @@ def _embedding_sum_fake(table: Tensor, bias: Tensor | None, codes: Tensor, edges
 def embedding_sum_backward_torch(
     dout: Tensor, out: Tensor, codes: Tensor, num_rows: int, edges: bool, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    acc = library.accumulation_dtype(dout.dtype)
+    acc = _register.accumulation_dtype(dout.dtype)
     gradient = dout.to(acc)
     if relu:
         gradient = gradient * (out > 0)
@@ -96,7 +97,7 @@ def embedding_sum_backward_torch(
     source, offsets, plan = _remembered(
         codes, ("backward", num_rows, edges), lambda: _transposed(row_numbers(codes, num_rows, edges), taps * num_rows)
     )
-    dtable = library.segment_sum(gradient, source, offsets, plan=plan).view(taps, num_rows, -1)
+    dtable = segment_sum(gradient, source, offsets, plan=plan).view(taps, num_rows, -1)
     return dtable.to(dout.dtype), gradient.sum(0).to(dout.dtype)
 
 
@@ -107,7 +108,7 @@ def _transposed(numbers: Tensor, rows: int) -> tuple[Tensor, Tensor, tuple]:
     offsets = torch.searchsorted(values, limits)
     # A row of numbers lists each table row once at most.
     source = torch.div(order, max(numbers.shape[1], 1), rounding_mode="floor")
-    return source, offsets, library.segment_plan(source, offsets)
+    return source, offsets, segment_plan(source, offsets)
 
 
 def _embedding_sum_backward_fake(
@@ -116,12 +117,12 @@ def _embedding_sum_backward_fake(
     return dout.new_empty((codes.shape[1], num_rows, dout.shape[1])), dout.new_empty((dout.shape[1],))
 
 
-_embedding_sum = library.register(
+_embedding_sum = _register.register(
     "embedding_sum(Tensor table, Tensor? bias, Tensor codes, bool edges, bool relu) -> Tensor",
     embedding_sum_torch,
     _embedding_sum_fake,
 )
-_embedding_sum_backward = library.register(
+_embedding_sum_backward = _register.register(
     "embedding_sum_backward(Tensor dout, Tensor out, Tensor codes, SymInt num_rows, bool edges, bool relu)"
     " -> (Tensor, Tensor)",
     embedding_sum_backward_torch,
@@ -156,8 +157,8 @@ def _second_backward(ctx, g_table: Tensor | None, g_bias: Tensor | None) -> tupl
     return gradient * (out > 0) if ctx.relu else gradient, None, None, None, None, None
 
 
-library.register_gradient("embedding_sum", _backward, _setup)
-library.register_gradient("embedding_sum_backward", _second_backward, _setup_backward)
+_register.register_gradient("embedding_sum", _backward, _setup)
+_register.register_gradient("embedding_sum_backward", _second_backward, _setup_backward)
 
 
 def embedding_sum(table: Tensor, bias: Tensor | None, codes: Tensor, edges: bool, relu: bool) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spade_fast.ops import library
+from spade_fast.ops import _register
+from spade_fast.ops._segment_sum import segment_sum
 from spade_fast.ops.embedding_sum import row_numbers, sum_rows
 from spade_fast.ops.patterns import OUTSIDE
 
@@ -61,7 +62,7 @@ def label_conv_torch(
     pooled: bool = False,
 ) -> Tensor:
     taps, num_rows, width = table.shape
-    acc = library.accumulation_dtype(table.dtype)
+    acc = _register.accumulation_dtype(table.dtype)
     n, h, w = codes.shape
     ho, wo = (_output_size(s, kernel_size, stride, padding, pooled) for s in (h, w))
     out = torch.empty(n, width, ho, wo, dtype=table.dtype, device=table.device, memory_format=torch.channels_last)
@@ -96,7 +97,7 @@ def label_conv_backward_torch(
     pooled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     width, taps = dout.shape[1], kernel_size * kernel_size
-    acc = library.accumulation_dtype(dout.dtype)
+    acc = _register.accumulation_dtype(dout.dtype)
     dtable = torch.zeros(taps * num_rows, width, dtype=acc, device=dout.device)
     dbias = torch.zeros(width, dtype=acc, device=dout.device)
     limits = torch.arange(taps * num_rows + 1, dtype=torch.int32, device=dout.device)
@@ -108,7 +109,7 @@ def label_conv_backward_torch(
         offsets = torch.searchsorted(values, limits)
         source = torch.div(order, max(numbers.shape[1], 1), rounding_mode="floor")
         weights = None if divisors is None else 1 / divisors.reshape(-1)[order].to(acc)
-        dtable += library.segment_sum(gradient, source, offsets, weights)
+        dtable += segment_sum(gradient, source, offsets, weights)
     return dtable.view(taps, num_rows, width).to(dout.dtype), dbias.to(dout.dtype)
 
 
@@ -116,13 +117,13 @@ def _label_conv_backward_fake(dout, codes, num_rows, edges, kernel_size, stride,
     return dout.new_empty((kernel_size * kernel_size, num_rows, dout.shape[1])), dout.new_empty((dout.shape[1],))
 
 
-_label_conv = library.register(
+_label_conv = _register.register(
     "label_conv(Tensor codes, Tensor table, Tensor? bias, bool edges, int kernel_size, int stride, int padding,"
     " bool pooled=False) -> Tensor",
     label_conv_torch,
     _label_conv_fake,
 )
-_label_conv_backward = library.register(
+_label_conv_backward = _register.register(
     "label_conv_backward(Tensor dout, Tensor codes, SymInt num_rows, bool edges, int kernel_size, int stride,"
     " int padding, bool pooled=False) -> (Tensor, Tensor)",
     label_conv_backward_torch,
@@ -162,9 +163,9 @@ def _cast(dtype: torch.dtype, args: tuple) -> tuple:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in args)
 
 
-library.register_gradient("label_conv", _backward, _setup)
-library.register_gradient("label_conv_backward", _second_backward, _setup_backward)
-library.register_autocast("label_conv", _cast)
+_register.register_gradient("label_conv", _backward, _setup)
+_register.register_gradient("label_conv_backward", _second_backward, _setup_backward)
+_register.register_autocast("label_conv", _cast)
 
 
 def label_conv(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""modulation: normalise, scale and shift by pattern or by pixel, activate and enlarge, reading the activation once."""
+"""modulation: normalize, scale and shift by pattern or by pixel, activate and enlarge, reading the activation once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spade_fast.ops import library
-from spade_fast.ops.patterns import segments
+from spade_fast.ops import _register
+from spade_fast.ops._segment_sum import segment_sum
+from spade_fast.ops.segments import segments
 
 _BLOCK = 2**19  # elements of x handled at once on a CPU: the buffers of a block stay in cache
 _BLOCK_GPU = 2**27
@@ -23,7 +24,7 @@ class _Geometry:
     def __init__(self, x: Tensor, upsample: int) -> None:
         self.n, self.c, self.h, self.w = x.shape
         self.r = upsample
-        self.acc = library.accumulation_dtype(x.dtype)
+        self.acc = _register.accumulation_dtype(x.dtype)
         self.rows = self.rows_of(x)
         self.pixels = self.r * self.r * self.w  # output pixels of one row of x
         block = _BLOCK if x.device.type == "cpu" else _BLOCK_GPU
@@ -53,7 +54,7 @@ class _Geometry:
 def _empty_output(x: Tensor, upsample: int) -> Tensor:
     n, c, h, w = x.shape
     shape = (n, c, h * upsample, w * upsample)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=library.memory_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_register.memory_format(x))
 
 
 def _image_of_pattern(ids: Tensor, num: int) -> Tensor:
@@ -111,7 +112,7 @@ def modulation_torch(
     direct = x.dtype == acc
     targets = [
         out
-        if library.memory_format(x) == torch.channels_last
+        if _register.memory_format(x) == torch.channels_last
         else torch.empty_like(out, memory_format=torch.channels_last)
         for out in outs
     ]
@@ -196,7 +197,7 @@ def _pass_1(
         limits = torch.tensor([s * image_pixels for s in starts[1:]], dtype=offsets.dtype, device=device)
         bounds = [0, *torch.searchsorted(offsets, limits).tolist(), offsets.numel() - 1]
     numbers = ids.reshape(-1)
-    buffer = library.scratch((images * image_pixels, 2 * c), acc, device)
+    buffer = _register.scratch((images * image_pixels, 2 * c), acc, device)
     dparams = []
     for m, slope in enumerate(slopes):
         table = _scale_shift(params[m], mean, rstd, ids, acc)
@@ -222,7 +223,7 @@ def _pass_1(
             first_pixel, last_pixel = start * image_pixels, last_row * g.pixels
             positions = order[first_pixel:last_pixel] - first_pixel
             local = offsets[lo : hi + 1] - first_pixel
-            sums.append(library.segment_sum(buffer[: last_pixel - first_pixel], positions, local))
+            sums.append(segment_sum(buffer[: last_pixel - first_pixel], positions, local))
         dparams.append(sums[0] if len(sums) == 1 else torch.cat(sums))
     return dparams
 
@@ -244,7 +245,7 @@ def _channel_sums(
             limits = torch.arange(images + 1, dtype=offsets.dtype, device=offsets.device) * image_pixels
             bounds = torch.searchsorted(offsets, limits, out_int32=True)
             rows = torch.arange(weighted.shape[0], dtype=torch.int32, device=offsets.device)
-            total = total + library.segment_sum(weighted, rows, bounds)
+            total = total + segment_sum(weighted, rows, bounds)
     return total[:, :c], total[:, c:]
 
 
@@ -314,12 +315,12 @@ def modulation_backward_torch(
     upsample: int,
     stats: bool,
 ) -> list[Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=library.memory_format(x))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_register.memory_format(x))
     if x.numel() == 0:
         return [dx, *(_empty_gradient(p).zero_() for p in params)]
     g = _Geometry(x, upsample)
     # Accumulated in dx itself when it has the accumulation's dtype and order.
-    direct = dx.dtype == g.acc and library.memory_format(x) == torch.channels_last
+    direct = dx.dtype == g.acc and _register.memory_format(x) == torch.channels_last
     partial = g.rows_of(dx) if direct else torch.empty(g.rows.shape, dtype=g.acc, device=x.device)
     if ids is None:
         dparams, s1, s2 = _dense_pass_1(g, douts, mean, rstd, params, slopes, partial)
@@ -346,7 +347,7 @@ def modulation_fake(x, mean, rstd, params, ids, order, offsets, slopes, upsample
 
 
 def _modulation_backward_fake(douts, x, mean, rstd, params, ids, order, offsets, slopes, upsample, stats):
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=library.memory_format(x))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_register.memory_format(x))
     return [dx, *(_empty_gradient(p) for p in params)]
 
 
@@ -354,8 +355,8 @@ _ARGUMENTS = (
     "Tensor x, Tensor? mean, Tensor? rstd, Tensor[] params, Tensor? ids, Tensor? order, Tensor? offsets,"
     " float[] slopes, int upsample, bool stats"
 )
-modulation_op = library.register(f"modulation({_ARGUMENTS}) -> Tensor[]", modulation_torch, modulation_fake)
-modulation_backward_op = library.register(
+modulation_op = _register.register(f"modulation({_ARGUMENTS}) -> Tensor[]", modulation_torch, modulation_fake)
+modulation_backward_op = _register.register(
     f"modulation_backward(Tensor[] douts, {_ARGUMENTS}) -> Tensor[]",
     modulation_backward_torch,
     _modulation_backward_fake,
@@ -390,7 +391,7 @@ def _differentiable_backward(ctx, douts, x, mean, rstd, params, ids) -> tuple[Te
         return modulation_plain(x, mean, rstd, params, ids, ctx.slopes, ctx.upsample, ctx.stats)
 
     needed = [ctx.needs_input_grad[0], *(p.requires_grad for p in params)]
-    dx, *dparams = library.gradients(outputs, (x, *params), douts, needed)
+    dx, *dparams = _register.gradients(outputs, (x, *params), douts, needed)
     return dx, dparams
 
 
@@ -405,15 +406,15 @@ def modulation_plain(
     stats: bool,
 ) -> list[Tensor]:
     """`modulation` in operations that can be differentiated any number of times; with stats, mean and rstd too."""
-    acc = library.accumulation_dtype(x.dtype)
+    acc = _register.accumulation_dtype(x.dtype)
     xhat = x.to(acc)
     if mean is not None:
         mean, rstd = (t.to(acc)[:, :, None, None] for t in (mean, rstd))
         if stats:
             axes = (0, 2, 3) if mean.shape[0] == 1 else (2, 3)
-            variance, centre = torch.var_mean(xhat, axes, correction=0, keepdim=True)
+            variance, center = torch.var_mean(xhat, axes, correction=0, keepdim=True)
             eps = (rstd**-2 - variance).detach()  # what was added to the variance
-            mean, rstd = centre, torch.rsqrt(variance + eps)
+            mean, rstd = center, torch.rsqrt(variance + eps)
         xhat = (xhat - mean) * rstd
     if upsample != 1:
         xhat = xhat.repeat_interleave(upsample, 2).repeat_interleave(upsample, 3)
@@ -426,8 +427,8 @@ def modulation_plain(
     return outs
 
 
-library.register_gradient("modulation", _backward, _setup)
-library.register_first_order_only("modulation_backward", of="modulation")
+_register.register_gradient("modulation", _backward, _setup)
+_register.register_first_order_only("modulation_backward", of="modulation")
 
 
 def modulation(
@@ -444,8 +445,8 @@ def modulation(
 ) -> list[Tensor]:
     """out_m = leaky_relu((x_up - mean) * rstd * (1 + gamma_m) + beta_m, slopes[m]) for one or two sets of parameters.
 
-    x [N, C, H, W]; x_up is x enlarged `upsample` (1 or 2) times by nearest neighbour, never built. mean, rstd [G, C],
-    G = 1 or N, or None: no normalisation. params[m]: [P, 2C] = [gamma | beta], chosen by ids [N, H·up, W·up] int32; or,
+    x [N, C, H, W]; x_up is x enlarged `upsample` (1 or 2) times by nearest neighbor, never built. mean, rstd [G, C],
+    G = 1 or N, or None: no normalization. params[m]: [P, 2C] = [gamma | beta], chosen by ids [N, H·up, W·up] int32; or,
     with ids None, per pixel: [N, 2C, H·up, W·up]. order, offsets: `segments(ids, P)`, used by backward (found there if
     None). slope 1.0: no activation. stats: mean and rstd were computed from this x (rstd from the biased variance), and
     dx takes that into account; otherwise they are constants. Outputs have x's dtype and layout; arithmetic is fp32.

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pattern_params: gamma and beta of every distinct pattern, from the hidden rows of its k×k neighbours."""
+"""pattern_params: gamma and beta of every distinct pattern, from the hidden rows of its k×k neighbors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from spade_fast.ops import library
-from spade_fast.ops.patterns import segments
+from spade_fast.ops import _register
+from spade_fast.ops._segment_sum import bag_sum, segment_sum
+from spade_fast.ops.segments import segments
 
 # Measured on 2 AVX-512 cores: fp32 GEMM 300 GFLOP/s, gathered or bag-summed rows 25 GB/s. Only the ratio matters.
 FLOPS_PER_BYTE = 12.0
@@ -35,7 +36,7 @@ def _matrix(weight: Tensor, acc: torch.dtype) -> Tensor:
 
 def _compute_dtype(a: Tensor) -> torch.dtype:
     """GPUs multiply half precision with fp32 accumulation; CPUs get fp32."""
-    return a.dtype if a.is_cuda else library.accumulation_dtype(a.dtype)
+    return a.dtype if a.is_cuda else _register.accumulation_dtype(a.dtype)
 
 
 def pattern_params_torch(
@@ -68,15 +69,15 @@ def pattern_params_torch(
     offsets = torch.arange(p + 1, dtype=taps.dtype, device=taps.device) * t
     for half, (weight, bias) in enumerate(halves):
         for i, j in _channel_slices(c, max(t * q, p), a.device):
-            values = library.scratch((t * q + 1, j - i), acc, a.device)
+            values = _register.scratch((t * q + 1, j - i), acc, a.device)
             values[-1] = 0  # the row of taps outside the image
             for tap in range(t):
                 out = values[tap * q : (tap + 1) * q]
-                if tap == t // 2:  # the centre is always inside the image: it brings the bias
+                if tap == t // 2:  # the center is always inside the image: it brings the bias
                     torch.addmm(bias[i:j], rows, weight[i:j, tap].t(), out=out)
                 else:
                     torch.mm(rows, weight[i:j, tap].t(), out=out)
-            params[:, half * c + i : half * c + j] = library.bag_sum(values, numbers, offsets)
+            params[:, half * c + i : half * c + j] = bag_sum(values, numbers, offsets)
     return params.to(a.dtype)
 
 
@@ -124,7 +125,7 @@ def pattern_params_backward_torch(
         for half in range(2):
             for i, j in _channel_slices(c, max(t * q, p), a.device):
                 upstream = gradient[:, half * c + i : half * c + j].contiguous()
-                dvalues = library.segment_sum(upstream, source, tap_offsets).view(q, t, j - i)
+                dvalues = segment_sum(upstream, source, tap_offsets).view(q, t, j - i)
                 for tap in range(t):
                     da.addmm_(dvalues[:, tap], weights[half][i:j, tap])
                     torch.mm(dvalues[:, tap].t(), rows, out=dweights[half][i:j, tap])
@@ -147,7 +148,7 @@ def _backward_gather(
     (q, width), (p, t), c = rows.shape, taps.shape, weights[0].shape[0]
     extended = torch.cat([rows, rows.new_zeros(1, width)])
     numbers = torch.where(taps < 0, q, taps).view(-1)
-    dpatches = library.scratch((p, t * width), rows.dtype, rows.device)
+    dpatches = _register.scratch((p, t * width), rows.dtype, rows.device)
     chunk = _CHUNK if rows.device.type == "cpu" else max(p, 1)
     if p == 0:
         for dweight in dweights:
@@ -163,7 +164,7 @@ def _backward_gather(
                 part.addmm_(upstream, weights[half].view(c, -1))
             total = dweights[half].view(c, -1)
             torch.mm(upstream.t(), patches, out=total) if i == 0 else total.addmm_(upstream.t(), patches)
-    return library.segment_sum(dpatches.view(p * t, width), tap_order, tap_offsets[::t].contiguous())
+    return segment_sum(dpatches.view(p * t, width), tap_order, tap_offsets[::t].contiguous())
 
 
 def _pattern_params_backward_fake(dparams, a, taps, w_gamma, w_beta, tap_order=None, tap_offsets=None):
@@ -174,13 +175,13 @@ def _pattern_params_backward_fake(dparams, a, taps, w_gamma, w_beta, tap_order=N
     return torch.empty_like(a), dw_gamma, bias, dw_beta, torch.empty_like(bias)
 
 
-_pattern_params = library.register(
+_pattern_params = _register.register(
     "pattern_params(Tensor a, Tensor taps, Tensor w_gamma, Tensor b_gamma, Tensor w_beta, Tensor b_beta,"
     " Tensor? tap_order=None, Tensor? tap_offsets=None) -> Tensor",
     pattern_params_torch,
     _pattern_params_fake,
 )
-_pattern_params_backward = library.register(
+_pattern_params_backward = _register.register(
     "pattern_params_backward(Tensor dparams, Tensor a, Tensor taps, Tensor w_gamma, Tensor w_beta,"
     " Tensor? tap_order=None, Tensor? tap_offsets=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     pattern_params_backward_torch,
@@ -226,9 +227,9 @@ def _cast(dtype: torch.dtype, args: tuple) -> tuple:
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in args)
 
 
-library.register_gradient("pattern_params", _backward, _setup)
-library.register_gradient("pattern_params_backward", _second_backward, _setup_backward)
-library.register_autocast("pattern_params", _cast)
+_register.register_gradient("pattern_params", _backward, _setup)
+_register.register_gradient("pattern_params_backward", _second_backward, _setup_backward)
+_register.register_autocast("pattern_params", _cast)
 
 
 def pattern_params(
@@ -244,7 +245,7 @@ def pattern_params(
     """params[p] = [gamma | beta] (gamma without the 1), from hidden rows a [Q, Hd] and taps [P, k·k] int32 -> [P, 2C].
 
     gamma[p] = b_gamma + sum over t of w_gamma[:, :, t] @ a[taps[p, t]], beta alike; a tap of -1 is a row of zeros, the
-    centre tap is never -1. Weights [C, Hd, k, k], fastest when stored channels-last. Computed as one GEMM over gathered
+    center tap is never -1. Weights [C, Hd, k, k], fastest when stored channels-last. Computed as one GEMM over gathered
     rows, or factored (GEMM over the Q rows, then a gather-sum), whichever the sizes make cheaper (in C++ always the
     latter): equal in exact arithmetic. tap_order, tap_offsets: `tap_segments(taps, Q)`, used by backward (found there
     if None). Deterministic.

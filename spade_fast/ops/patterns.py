@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""patterns: the distinct k×k patches of label maps. segments: where each number occurs (CSR)."""
+"""patterns: the distinct k×k patches of label maps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spade_fast.ops import library
+from spade_fast.ops import _register
 
 OUTSIDE = -1  # the code of a position outside the image
 
@@ -45,7 +45,7 @@ def patterns_torch(codes: Tensor, kernel_size: int) -> tuple[Tensor, Tensor, Ten
         taps = torch.empty(0, k * k, dtype=torch.int32, device=device)
         return codes.to(torch.int32), taps, torch.zeros(n, dtype=torch.int64, device=device)
     padded = F.pad(codes.to(torch.int32), (k // 2,) * 4, value=OUTSIDE)
-    # Maps are piecewise constant: most pixels have exactly the patch of their left neighbour. Only the others
+    # Maps are piecewise constant: most pixels have exactly the patch of their left neighbor. Only the others
     # ("heads") are hashed and sorted.
     same = (padded[:, :, 1:] == padded[:, :, :-1]).to(torch.uint8)
     rows = same[:, :h].clone()
@@ -87,22 +87,9 @@ def _patterns_fake(codes: Tensor, kernel_size: int) -> tuple[Tensor, Tensor, Ten
     return ids, taps, codes.new_empty((codes.shape[0],), dtype=torch.int64)
 
 
-def segments_torch(ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    if ids.numel() >= 2**31:
-        raise RuntimeError(f"spade_fast::segments: at most 2**31 - 1 positions, got {ids.numel()}")
-    values, order = torch.sort(ids.reshape(-1), stable=True)
-    limits = torch.arange(num + 1, dtype=values.dtype, device=ids.device)
-    return order.to(torch.int32), torch.searchsorted(values, limits, out_int32=True)
-
-
-def _segments_fake(ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    return ids.new_empty((ids.numel(),), dtype=torch.int32), ids.new_empty((num + 1,), dtype=torch.int32)
-
-
-_patterns = library.register(
+_patterns = _register.register(
     "patterns(Tensor codes, int kernel_size) -> (Tensor, Tensor, Tensor)", patterns_torch, _patterns_fake
 )
-_segments = library.register("segments(Tensor ids, SymInt num) -> (Tensor, Tensor)", segments_torch, _segments_fake)
 
 
 def patterns(codes: Tensor, kernel_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,10 +105,3 @@ def patterns(codes: Tensor, kernel_size: int) -> tuple[Tensor, Tensor, Tensor]:
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"patterns: kernel_size must be odd, got {kernel_size}")
     return _patterns(codes, kernel_size)
-
-
-def segments(ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Positions of every number: order [numel] int32 sorts the flattened ids (stable; negatives first), and number s
-    is at order[offsets[s]:offsets[s + 1]], offsets [num + 1] int32. ids: integers below num. No host
-    synchronisation."""
-    return _segments(ids, num)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spade_fast.ops import library
+from spade_fast.ops import _register
 
 # What views of the wide unsigned dtypes, which few operations take, keep: which elements are 0, and which are 1.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -26,9 +26,9 @@ def recognize_torch(segmap: Tensor) -> tuple[Tensor, Tensor]:
     last = (segmap[:, -1] == 1).to(torch.int32)
     single = (count <= 1).all()
     one_hot = torch.where(count == 1, label, channels)
-    labelled = torch.where(count - last == 1, label - last * (channels - 1), channels - 1)
+    labeled = torch.where(count - last == 1, label - last * (channels - 1), channels - 1)
     kind = torch.where(single, 1, torch.where((count - last <= 1).all(), 2, 0))
-    codes = torch.where(single, one_hot, labelled * 2 + last)
+    codes = torch.where(single, one_hot, labeled * 2 + last)
     return codes.to(torch.int32), torch.where(binary, kind, 0).to(torch.int32)
 
 
@@ -79,7 +79,7 @@ def _recognize_fake(segmap: Tensor) -> tuple[Tensor, Tensor]:
     return segmap.new_empty((n, h, w), dtype=torch.int32), segmap.new_empty((), dtype=torch.int32)
 
 
-_recognize = library.register("recognize(Tensor segmap) -> (Tensor, Tensor)", recognize_torch, _recognize_fake)
+_recognize = _register.register("recognize(Tensor segmap) -> (Tensor, Tensor)", recognize_torch, _recognize_fake)
 
 
 def recognize(segmap: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,18 +6,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spade_fast.ops import library
+from spade_fast.ops import _register
 
 
 def statistics_torch(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
-    acc = library.accumulation_dtype(x.dtype)
+    acc = _register.accumulation_dtype(x.dtype)
     count = h * w if per_sample else n * h * w
     groups = n if per_sample else 1
     if count == 0 or groups * c == 0:
         zeros = torch.zeros(groups, c, dtype=acc, device=x.device)
         return zeros, zeros.clone()
-    if library.memory_format(x) == torch.contiguous_format:
+    if _register.memory_format(x) == torch.contiguous_format:
         x = x.contiguous()
         if per_sample:  # every (sample, channel) is a plane of its own
             mean, var = _mean_var(x.view(1, n * c, h, w), acc)
@@ -41,14 +41,14 @@ def _mean_var(x: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _statistics_fake(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0] if per_sample else 1, x.shape[1])
-    acc = library.accumulation_dtype(x.dtype)
+    acc = _register.accumulation_dtype(x.dtype)
     return x.new_empty(shape, dtype=acc), x.new_empty(shape, dtype=acc)
 
 
-_statistics = library.register(
+_statistics = _register.register(
     "statistics(Tensor x, bool per_sample) -> (Tensor, Tensor)", statistics_torch, _statistics_fake
 )
-library.register_first_order_only("statistics", of="statistics")
+_register.register_first_order_only("statistics", of="statistics")
 
 
 def statistics(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spade_fast.ops import library
+from spade_fast.ops import _register
 from spade_fast.ops.modulation import check_arguments, modulation_backward_op, modulation_fake, modulation_op
+from spade_fast.ops.normalization_gradient import normalization_gradient
 
 Group = tuple[str, int]  # name of a process group, as torch.ops._c10d_functional takes it, and its size
 
@@ -42,27 +43,6 @@ def merge_statistics(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, m2, total
 
 
-def normalisation_gradient_torch(dx: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
-    if dx.numel() == 0:
-        return
-    scale, shift = scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
-    if dx.device.type != "cpu":
-        dx.copy_(torch.addcmul(dx + shift, x, scale))
-        return
-    rows = max(1, 2**19 // max(1, dx[0, :, 0].numel()))  # what is handled at once stays in cache
-    for image, source in zip(dx, x, strict=True):
-        for start in range(0, dx.shape[2], rows):
-            block, values = image[None, :, start : start + rows], source[None, :, start : start + rows]
-            block.copy_(torch.addcmul(block + shift, values, scale))
-
-
-normalisation_gradient = library.register(
-    "normalisation_gradient(Tensor(a!) dx, Tensor x, Tensor scale, Tensor shift) -> ()",
-    normalisation_gradient_torch,
-    lambda dx, x, scale, shift: None,
-)
-
-
 def _sync_modulation(x, mean, rstd, params, ids, order, offsets, slopes, upsample, count, group):
     return modulation_op(x, mean, rstd, params, ids, order, offsets, slopes, upsample, False)
 
@@ -71,7 +51,7 @@ def _sync_modulation_fake(x, mean, rstd, params, ids, order, offsets, slopes, up
     return modulation_fake(x, mean, rstd, params, ids, order, offsets, slopes, upsample, False)
 
 
-_sync = library.register_composed(
+_sync = _register.register_composed(
     "sync_modulation(Tensor x, Tensor mean, Tensor rstd, Tensor[] params, Tensor? ids, Tensor? order, Tensor? offsets,"
     " float[] slopes, int upsample, Tensor count, str group) -> Tensor[]",
     _sync_modulation,
@@ -99,7 +79,7 @@ def _backward(ctx, douts: list[Tensor | None]) -> tuple:
     s1, s2 = torch.ops._c10d_functional.wait_tensor(sums)
     scale = -rstd[0] * rstd[0] * s2 / count
     shift = -rstd[0] * s1 / count - mean[0] * scale
-    normalisation_gradient(dx, x, scale, shift)
+    normalization_gradient(dx, x, scale, shift)
     return dx, None, None, dparams, None, None, None, None, None, None, None
 
 
@@ -116,11 +96,11 @@ def _sums_over_patterns(params: list[Tensor], dparams: list[Tensor]) -> Tensor:
 def _sums_over_pixels(dx: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """The same from dx = rstd·dxhat: s1 = Σ dx / rstd, s2 = Σ dx (x - mean)."""
     g = dx.to(mean.dtype)
-    centred = x.to(mean.dtype) - mean.view(1, -1, 1, 1)
-    return torch.stack([g.sum((0, 2, 3)) / rstd[0], (g * centred).sum((0, 2, 3))])
+    centered = x.to(mean.dtype) - mean.view(1, -1, 1, 1)
+    return torch.stack([g.sum((0, 2, 3)) / rstd[0], (g * centered).sum((0, 2, 3))])
 
 
-library.register_gradient("sync_modulation", _backward, _setup)
+_register.register_gradient("sync_modulation", _backward, _setup)
 
 
 def sync_modulation(
