@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Import paths of earlier versions: each gives the module that took its place, with a warning that names it."""
+"""Names of earlier versions. Each gives what took its place, with a warning that names it."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MOVED = {
     "adam": "train.adam",
@@ -68,3 +73,37 @@ def install() -> None:
     """Makes the old names importable; once."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModules())
+
+
+def attributes(module: str, moved: dict[str, str]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module: names of earlier versions give what took their place, with a warning.
+
+    Args:
+        module: the module's name.
+        moved: the dotted name of what took the place of an attribute, by the attribute's name.
+    """
+
+    def find(name: str) -> Any:
+        if name not in moved:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} is now {moved[name]}", FutureWarning, stacklevel=2)
+        home, _, new = moved[name].rpartition(".")
+        return getattr(importlib.import_module(home), new)
+
+    return find
+
+
+def argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function: a keyword argument's earlier name is taken, with a warning."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if old in kwargs:
+                warnings.warn(f"{function.__qualname__}: {old}= is now {new}=", FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from spade_fast import reference
 from spade_fast.labels.label_map import LabelMap
-from spade_fast.labels.map_scope import recognized
-from spade_fast.labels.pattern_tables import Patterns
-from spade_fast.layers import spade as layers
+from spade_fast.labels.map_scope import as_label_map, recognized
+from spade_fast.labels.pattern_tables import PatternTables
 from spade_fast.layers.as_built import changed_norm
-from spade_fast.ops.embedding_sum import embedding_sum
-from spade_fast.ops.modulation import modulation
+from spade_fast.layers.dense import dense_gamma_beta, merged_gamma_beta
+from spade_fast.layers.normalization import Normalization, modulated, normalizations
+from spade_fast.layers.patches import by_pixel, few_repeats, hidden_of_patches, weight_table
 from spade_fast.ops.pattern_params import pattern_params
-from spade_fast.ops.statistics import statistics
 
 EPS = 1e-5  # of the norms that are named
 Norm = str | Callable[[Tensor], Tensor] | None
@@ -100,7 +99,7 @@ class _Parameters:
     """gamma and beta [P, 2C] by pattern, or [N, 2C, H, W] by pixel with no patterns."""
 
     values: Tensor
-    patterns: Patterns | None
+    patterns: PatternTables | None
 
 
 def gamma_beta(
@@ -120,10 +119,10 @@ def gamma_beta(
         ValueError: labels that do not fit the network.
     """
     shape = reference.segmap_shape(labels)
-    found = _parameters(labels, network, tuple(shape[2:]) if size is None else size)
+    found = _parameters(labels, network, (shape[2], shape[3]) if size is None else size)
     values = found.values
     if found.patterns is not None:
-        values = F.embedding(found.patterns.ids.to(torch.int64), values).permute(0, 3, 1, 2)
+        values = F.embedding(found.patterns.pattern_of_pixel.to(torch.int64), values).permute(0, 3, 1, 2)
     channels = network.channels
     return values[:, :channels], values[:, channels:]  # slices, unlike chunks, may be written to under autograd
 
@@ -154,10 +153,8 @@ def spade(x: Tensor, labels: LabelMap | Tensor, network: ModulationNetwork, norm
     if isinstance(norm, str) and norm not in ("batch", "instance"):
         raise ValueError(f"norm must be None, batch, instance or a function, got {norm!r}")
     found = _parameters(labels, network, (x.shape[2], x.shape[3]), network.gamma_offset - 1.0)
-    x, mean, rstd, depends = _normalization(x, norm)
-    p = found.patterns
-    ids, order, offsets = (None, None, None) if p is None else (p.ids, p.order, p.offsets)
-    return modulation(x, mean, rstd, [found.values], ids, order, offsets, [1.0], 1, depends)[0]
+    x, normalization = _normalization(x, norm)
+    return modulated(x, normalization, [found.values], found.patterns, [1.0])[0]
 
 
 def positional_norm(x: Tensor) -> Tensor:
@@ -169,9 +166,9 @@ def positional_norm(x: Tensor) -> Tensor:
 
 def conditioning(labels: LabelMap | Tensor) -> LabelMap | ConstantsAndLabels | Tensor:
     """What a map stands for: a LabelMap, one behind constant channels, or itself."""
-    found = layers.recognize(labels)
-    if found is not labels or isinstance(labels, LabelMap):
-        return found
+    label_map = as_label_map(labels)
+    if isinstance(label_map, LabelMap) or isinstance(labels, LabelMap):
+        return label_map
     if labels.requires_grad or labels.is_meta or torch.compiler.is_compiling() or not labels.is_floating_point():
         return labels
     found = recognized(labels, _behind_constants)
@@ -204,50 +201,34 @@ def _parameters(
     shape = reference.segmap_shape(labels)
     if len(shape) != 4 or shape[1] != network.label_nc:
         raise ValueError(f"labels must have {network.label_nc} channels as the network has, got {list(shape)}")
-    found = conditioning(labels)
-    reflect = network.padding == "reflect"
-    if reflect and min(size) <= network.kernel_size // 2:
+    if network.padding == "reflect" and min(size) <= network.kernel_size // 2:
         raise ValueError(f"reflection padding by {network.kernel_size // 2} needs more pixels than that, got {size}")
+    found = conditioning(labels)
+    # Before a norm or another convolution, the shift is not a part of the bias.
+    bias_is_last = network.instance_eps is None and network.gamma_out is None
+    gamma_bias = network.gamma_bias
+    if gamma_shift and bias_is_last:
+        gamma_bias = _bias(network.gamma_weight, gamma_bias) + gamma_shift
     patterns = None
-    if not isinstance(found, Tensor):
+    if isinstance(found, Tensor):
+        values = _of_dense(found, network, gamma_bias, size)
+    else:
         constants = found.constants if isinstance(found, ConstantsAndLabels) else None
-        found = found if constants is None else found.labels
-        patterns = found.patterns(*size, network.kernel_size, torch.is_grad_enabled(), network.padding)
-        # A traced graph must not depend on how many patterns this map has.
-        if not torch.compiler.is_compiling() and patterns.density > layers.DENSE_ABOVE:
-            rows = _hidden_rows(patterns.pixel_codes, patterns, found, network, constants, by_pixel=True)
-            hidden = rows.view(*patterns.hidden_ids.shape, -1).permute(0, 3, 1, 2)
+        label_map = found.labels if isinstance(found, ConstantsAndLabels) else found
+        patterns = label_map.patterns(*size, network.kernel_size, torch.is_grad_enabled(), network.padding)
+        if few_repeats(patterns):
+            rows = _hidden_rows(patterns.pixel_codes, patterns, label_map, network, constants, each_pixel=True)
+            values = _of_hidden(by_pixel(rows, patterns), network, gamma_bias)
             patterns = None
         else:
-            hidden = _hidden_rows(patterns.codes, patterns, found, network, constants)
-    else:
-        if tuple(found.shape[2:]) != tuple(size):
-            found = F.interpolate(found, size=size, mode="nearest")
-        found = found.to(network.shared_weight.dtype)
-        hidden = _activate(_convolve(found, network.shared_weight, network.shared_bias, reflect), network.hidden_slope)
-    gamma_bias = network.gamma_bias
-    last = network.instance_eps is None and network.gamma_out is None
-    if gamma_shift and last:
-        gamma_bias = _bias(network.gamma_weight, gamma_bias) + gamma_shift
-    if patterns is None:
-        values = _by_pixel(hidden, network, gamma_bias, reflect)
-    else:
-        values = pattern_params(
-            hidden,
-            patterns.taps,
-            network.gamma_weight,
-            _bias(network.gamma_weight, gamma_bias),
-            network.beta_weight,
-            _bias(network.beta_weight, network.beta_bias),
-            patterns.tap_order,
-            patterns.tap_offsets,
-        )
+            rows = _hidden_rows(patterns.patch_codes, patterns, label_map, network, constants)
+            values = _of_patterns(rows, patterns, network, gamma_bias)
     if network.instance_eps is not None:
         values = _instance_norm(values, patterns, network.instance_eps)
-    if network.gamma_out is not None:
-        halves = zip(values.chunk(2, dim=1), (network.gamma_out, network.beta_out), strict=True)
-        values = torch.cat([_mix(half, *out) for half, out in halves], dim=1)
-    if gamma_shift and not last:
+    if network.gamma_out is not None and network.beta_out is not None:
+        gamma, beta = values.chunk(2, dim=1)
+        values = torch.cat([_mix(gamma, *network.gamma_out), _mix(beta, *network.beta_out)], dim=1)
+    if gamma_shift and not bias_is_last:
         gamma, beta = values.chunk(2, dim=1)
         values = torch.cat([gamma + gamma_shift, beta], dim=1)
     return _Parameters(values, patterns)
@@ -262,64 +243,84 @@ def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight.new_zeros(weight.shape[0]) if bias is None else bias
 
 
-def _activate(hidden: Tensor, slope: float) -> Tensor:
-    if slope == 0.0:
-        return F.relu(hidden)
-    return hidden if slope == 1.0 else F.leaky_relu(hidden, slope)
+def _of_dense(labels: Tensor, network: ModulationNetwork, gamma_bias: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """[gamma | beta] by pixel from a dense map [N, label_nc, h, w]."""
+    shared, bias, slope = network.shared_weight, network.shared_bias, network.hidden_slope
+    if network.padding == "zeros":
+        gamma, beta = (network.gamma_weight, gamma_bias), (network.beta_weight, network.beta_bias)
+        return dense_gamma_beta(labels, size, shared, bias, *gamma, *beta, slope)
+    if tuple(labels.shape[2:]) != tuple(size):
+        labels = F.interpolate(labels, size=size, mode="nearest")
+    hidden = F.conv2d(_reflected(labels.to(shared.dtype), network), shared, bias)
+    return _of_hidden(F.leaky_relu(hidden, slope), network, gamma_bias)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reflect: bool) -> Tensor:
-    pad = weight.shape[-1] // 2
-    if reflect and pad:
-        return F.conv2d(F.pad(x, (pad,) * 4, mode="reflect"), weight, bias)
-    return F.conv2d(x, weight, bias, padding=pad)
-
-
-def _by_pixel(hidden: Tensor, network: ModulationNetwork, gamma_bias: Tensor | None, reflect: bool) -> Tensor:
+def _of_hidden(hidden: Tensor, network: ModulationNetwork, gamma_bias: Tensor | None) -> Tensor:
+    """[gamma | beta] by pixel from the hidden map [N, hidden, H, W]."""
     gamma, beta = network.gamma_weight, network.beta_weight
-    bias = None
-    if gamma_bias is not None or network.beta_bias is not None:
-        bias = torch.cat([_bias(gamma, gamma_bias), _bias(beta, network.beta_bias)])
-    return _convolve(hidden, torch.cat([gamma, beta]), bias, reflect)
+    if network.padding == "zeros":
+        return merged_gamma_beta(hidden, gamma, gamma_bias, beta, network.beta_bias)
+    bias = torch.cat([_bias(gamma, gamma_bias), _bias(beta, network.beta_bias)])
+    return F.conv2d(_reflected(hidden, network), torch.cat([gamma, beta]), bias)
+
+
+def _of_patterns(
+    rows: Tensor, patterns: PatternTables, network: ModulationNetwork, gamma_bias: Tensor | None
+) -> Tensor:
+    """[gamma | beta] by pattern from the hidden rows of the patches [Q, hidden]."""
+    return pattern_params(
+        rows,
+        patterns.pattern_patches,
+        network.gamma_weight,
+        _bias(network.gamma_weight, gamma_bias),
+        network.beta_weight,
+        _bias(network.beta_weight, network.beta_bias),
+        patterns.taps_by_patch,
+        patterns.patch_offsets,
+    )
+
+
+def _reflected(x: Tensor, network: ModulationNetwork) -> Tensor:
+    pad = network.kernel_size // 2
+    return F.pad(x, (pad,) * 4, mode="reflect") if pad else x
 
 
 def _hidden_rows(
     codes: Tensor,
-    patterns: Patterns,
+    patterns: PatternTables,
     labels: LabelMap,
     network: ModulationNetwork,
     constants: Tensor | None,
-    by_pixel: bool = False,
+    each_pixel: bool = False,
 ) -> Tensor:
-    """[Q, hidden]: the hidden layer at label patches, codes [Q, k·k], image after image."""
-    k = network.kernel_size
-    table = network.shared_weight.permute(2, 3, 1, 0).reshape(k * k, network.label_nc, -1)
-    slope = network.hidden_slope
+    """[Q, hidden]: the hidden layer at label patches, codes [Q, k·k], image after image.
+
+    With constant channels, every image has a table of its own: the labels' table plus what its constants add.
+    """
+    table = weight_table(network.shared_weight)
     if constants is not None:
         count = constants.shape[1]
         base = torch.einsum("tch,nc->tnh", table[:, :count], constants.to(table.dtype))
-        table = table[:, count:]
-        rows = F.pad(table, (0, 0, 0, 1))  # of an ignored pixel: the constants alone
+        rows = F.pad(table[:, count:], (0, 0, 0, 1))  # the last row is of an ignored pixel: the constants alone
         table = (rows[:, None] + base[:, :, None]).flatten(1, 2)
-        pixels = patterns.hidden_ids[0].numel()
-        lengths = [pixels] * len(labels) if by_pixel else list(patterns.hidden_counts)
+        pixels = patterns.patch_of_pixel[0].numel()
+        lengths = [pixels] * len(labels) if each_pixel else list(patterns.patch_counts)
         image = torch.arange(len(labels), dtype=codes.dtype, device=codes.device)
         image = image.repeat_interleave(torch.tensor(lengths, device=codes.device))
         shifted = codes.clamp(max=rows.shape[1] - 1) + image[:, None] * rows.shape[1]
         codes = torch.where(codes < 0, codes, shifted)
-    out = embedding_sum(table, network.shared_bias, codes, labels.has_edges, relu=slope == 0.0)
-    return out if slope == 0.0 else _activate(out, slope)
+    return hidden_of_patches(table, network.shared_bias, codes, labels.has_edges, network.hidden_slope)
 
 
-def _instance_norm(values: Tensor, patterns: Patterns | None, eps: float) -> Tensor:
-    """The instance norm of a map given by pixel, or by pattern: statistics are then weighted by the patterns' sizes."""
+def _instance_norm(values: Tensor, patterns: PatternTables | None, eps: float) -> Tensor:
+    """The instance norm of a map given by pixel, or by pattern. By pattern, statistics weigh each with its pixels."""
     if patterns is None:
         return reference.instance_norm(values, eps=eps)
-    # In float64: the table is small, and sums over patterns of very different sizes cancel in its gradient.
-    rows, n, pixels = values.to(torch.float64), len(patterns.ids), patterns.ids[0].numel()
-    counts = torch.tensor(patterns.counts, device=values.device)
+    # float64, because sums over patterns of very different sizes cancel in the gradient. The table is small.
+    rows, n, pixels = values.to(torch.float64), len(patterns.pattern_of_pixel), patterns.pattern_of_pixel[0].numel()
+    counts = torch.tensor(patterns.pattern_counts, device=values.device)
     image = torch.arange(n, device=values.device).repeat_interleave(counts)
-    sizes = torch.bincount(patterns.ids.reshape(-1), minlength=len(rows)).to(rows.dtype)[:, None] / pixels
+    sizes = torch.bincount(patterns.pattern_of_pixel.reshape(-1), minlength=len(rows)).to(rows.dtype)[:, None] / pixels
     mean = rows.new_zeros(n, rows.shape[1]).index_add(0, image, rows * sizes)
     centered = rows - mean[image]
     variance = rows.new_zeros(n, rows.shape[1]).index_add(0, image, centered.square() * sizes)
@@ -328,41 +329,26 @@ def _instance_norm(values: Tensor, patterns: Patterns | None, eps: float) -> Ten
 
 def is_native(norm: Norm) -> bool:
     """Whether `spade` evaluates a norm within the modulation."""
-    known = type(norm) in (nn.BatchNorm2d, nn.InstanceNorm2d, reference.InstanceNorm2d)
-    return known and changed_norm(norm, norm.num_features) is None
+    return isinstance(norm, nn.BatchNorm2d | nn.InstanceNorm2d) and changed_norm(norm, norm.num_features) is None
 
 
-def _normalization(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
-    """(x, mean, rstd, whether they depend on x); updates running statistics."""
+def _normalization(x: Tensor, norm: Norm) -> tuple[Tensor, Normalization]:
+    """(x, how it is normalized), or (norm(x), nothing) for a norm that is called; updates running statistics."""
     if norm is None:
-        return x, None, None, False
+        return x, Normalization()
+    if norm == "batch":
+        norm = nn.BatchNorm2d(x.shape[1], affine=False, track_running_stats=False)
+    elif isinstance(norm, str):
+        norm = nn.InstanceNorm2d(x.shape[1], affine=False)
+    if not is_native(norm) or _no_variance(x, norm):
+        return norm(x), Normalization()
+    assert isinstance(norm, nn.Module)
+    return x, normalizations(x, [norm])[0]
+
+
+def _no_variance(x: Tensor, norm: Callable[[Tensor], Tensor]) -> bool:
+    """Whether x has too few values for statistics. The norm's own forward then gives its error, or nothing."""
+    if isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None:
+        return False
     n, _, h, w = x.shape
-    if isinstance(norm, str):
-        module = nn.BatchNorm2d if norm == "batch" else nn.InstanceNorm2d
-        options = {"track_running_stats": False} if norm == "batch" else {}
-        norm = module(x.shape[1], affine=False, **options)
-    if not is_native(norm):
-        return norm(x), None, None, False
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    per_sample = isinstance(norm, nn.InstanceNorm2d)
-    if not per_sample and not norm.training and norm.running_mean is not None:
-        mean, variance = norm.running_mean[None].to(acc), norm.running_var[None].to(acc)
-        return x, mean, torch.rsqrt(variance + norm.eps), False
-    count = h * w if per_sample else n * h * w
-    if count < 2 or x.numel() == 0:  # an error, or nothing to do: the norm's own
-        return norm(x), None, None, False
-    mean, m2 = statistics(x, per_sample)
-    if not per_sample and norm.training and norm.running_mean is not None:
-        _update_running(norm, mean[0], m2[0] / (count - 1))
-    return x, mean, torch.rsqrt(m2 / count + norm.eps), True
-
-
-@torch.no_grad()
-def _update_running(norm: nn.BatchNorm2d, mean: Tensor, unbiased: Tensor) -> None:
-    momentum = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:  # cumulative average
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-        running.lerp_(new.to(running.dtype), momentum)
+    return x.numel() == 0 or h * w * (1 if isinstance(norm, nn.InstanceNorm2d) else n) < 2

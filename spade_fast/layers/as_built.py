@@ -89,6 +89,27 @@ def changed_convolution(
     return None
 
 
+def changed_network(
+    mlp_shared: nn.Module, mlp_gamma: nn.Module, mlp_beta: nn.Module, label_nc: int, norm_nc: int, kernel_size: int
+) -> str | None:
+    """Which part of a SPADE layer's network from labels to gamma and beta is not as built, and how. None: all are."""
+    why = changed(mlp_shared, nn.Sequential)
+    if why is not None:
+        return f"mlp_shared {why}"
+    parts = list(mlp_shared.children())
+    if len(parts) != 2:
+        return f"mlp_shared has {len(parts)} parts, not 2"
+    convolution, activation = parts
+    hidden_nc = convolution.out_channels if isinstance(convolution, nn.Conv2d) else 0
+    checks = (
+        ("mlp_shared.0", changed_convolution(convolution, label_nc, hidden_nc, kernel_size)),
+        ("mlp_shared.1", changed(activation, nn.ReLU)),
+        ("mlp_gamma", changed_convolution(mlp_gamma, hidden_nc, norm_nc, kernel_size)),
+        ("mlp_beta", changed_convolution(mlp_beta, hidden_nc, norm_nc, kernel_size)),
+    )
+    return next((f"{name} {why}" for name, why in checks if why is not None), None)
+
+
 def changed_norm(module: nn.Module, channels: int) -> str | None:
     """What makes `module` more than a normalization without affine parameters that the statistics kernels compute."""
     for kind in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, InstanceNorm2d, nn.Identity):

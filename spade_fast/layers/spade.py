@@ -1,70 +1,78 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FusedSPADE, the drop-in fast SPADE layer, and the SPADE residual block."""
+"""FusedSPADE, the drop-in fast SPADE layer."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from spade_fast import ops, reference
+from spade_fast import _moved, reference
 from spade_fast.labels.label_map import LabelMap
-from spade_fast.labels.map_scope import recognized
-from spade_fast.labels.pattern_tables import Patterns
+from spade_fast.labels.map_scope import as_label_map
+from spade_fast.labels.pattern_tables import PatternTables
 from spade_fast.layers import sync
-from spade_fast.layers.as_built import changed, changed_convolution, changed_norm, torch_only
+from spade_fast.layers.as_built import changed_network, changed_norm, torch_only
 from spade_fast.layers.dense import dense_gamma_beta, merged_gamma_beta
-from spade_fast.layers.spectral import SpectralConv2d, hold_power_iteration
-from spade_fast.ops.embedding_sum import embedding_sum
+from spade_fast.layers.normalization import Normalization, modulated, normalizations
+from spade_fast.layers.patches import by_pixel, few_repeats, hidden_of_patches, weight_table
+from spade_fast.layers.plain import by_torch, check_input, enlarged, formula, refuse_own_statistics, slope_of
+from spade_fast.layers.spectral import Recompute
 from spade_fast.ops.modulation import modulation
-from spade_fast.ops.sync_modulation import combine_statistics, sync_modulation
+from spade_fast.ops.pattern_params import pattern_params
 
-SLOPE = 0.2  # LeakyReLU everywhere in the generator and the discriminator
-FEW_PIXELS = 256  # up to so many in a batch, calls cost more than arithmetic on a CPU: torch's own cost least
-DENSE_ABOVE = 0.9  # distinct patterns a pixel above which one convolution over the pixels costs less
-_recomputing = 0
-
-
-class recomputing(contextlib.AbstractContextManager):
-    """Inside, a forward in training mode gives again what the last one gave: it changes neither running statistics nor
-    spectral norm's vectors. Can be entered again: a second derivative computes forwards more than once."""
-
-    def __enter__(self) -> None:
-        global _recomputing
-        _recomputing += 1
-        self._held = hold_power_iteration()
-        self._held.__enter__()
-
-    def __exit__(self, *raised) -> None:
-        global _recomputing
-        _recomputing -= 1
-        self._held.__exit__(*raised)
+FEW_PIXELS = 256  # at or below, call overhead dominates on a CPU: plain torch operations are fastest there
 
 
 class FusedSPADE(nn.Module):
     """The SPADE layer (Park et al., CVPR 2019, section 3, equation 1), evaluated once per distinct label patch.
 
-    The same function, gradients, initial distribution and state dict as :class:`spade_fast.reference.SPADE`, whose
-    arguments it takes. Whatever works on that layer works here with the same result:
+    It has the function, the gradients, the initial distribution and the state dict of
+    :class:`spade_fast.reference.SPADE`. Whatever works on that layer works here with the same result:
 
-    - Nothing derived from parameters, buffers or a map's values outlives a call. Any way to write them counts.
-    - A submodule that is not exactly as built (hooks, wrappers, another class, padding, activation or norm) runs
-      through its own forward, with one warning that names it. The rest stays fused.
-    - Under ``torch.jit.trace``, ``torch.export``, ONNX export, ``torch.func`` and forward-mode derivatives, torch's own
-      operations compute it.
-    - It can be differentiated twice, except with statistics over several processes, which is refused by name. So is
-      the paragraph above for training with such statistics.
+    - No value derived from parameters, buffers or a map is kept after a call. They may be written in any way.
+    - A submodule that is not exactly as built runs through its own forward, and one warning names it. Hooks, wrappers,
+      another class, padding, activation or norm make it so. The rest stays fused.
+    - Torch's own operations compute the layer under ``torch.jit.trace``, ``torch.export``, ONNX export, ``torch.func``
+      and forward-mode derivatives.
+    - The layer can be differentiated twice.
+
+    Training with statistics over several processes has two limits. A second derivative is refused by name. So are
+    traces, exports, ``torch.func`` and forward-mode derivatives.
+
+    >>> layer = FusedSPADE(norm_nc=4, label_nc=3)  # or FusedSPADE("spadesyncbatch3x3", 4, 3)
+    >>> layer(torch.randn(1, 4, 8, 8), LabelMap(torch.zeros(1, 8, 8, dtype=torch.uint8), num_classes=3)).shape
+    torch.Size([1, 4, 8, 8])
+
+    Args:
+        norm_nc: channels of the activation.
+        label_nc: channels of the segmentation map: classes, plus one for instance edges.
+        norm: ``syncbatch``, ``batch``, ``instance`` or ``none``.
+        kernel_size: 1, 3 or 5, for all three convolutions.
+        hidden_nc: channels of the shared hidden layer.
+        config_text: norm and kernel in the authors' form, such as ``spadesyncbatch3x3``. Given as the first argument
+            or by name, it replaces norm, kernel_size and hidden_nc.
 
     Raises:
-        ValueError: an option out of range.
+        ValueError: an option is out of range.
     """
 
+    @overload
+    def __init__(
+        self, norm_nc: int, label_nc: int, norm: str = "syncbatch", kernel_size: int = 3, hidden_nc: int = 128
+    ) -> None: ...
+
+    @overload
+    def __init__(self, config_text: str, norm_nc: int, label_nc: int) -> None: ...
+
+    @reference.takes_config_text
     def __init__(
         self, norm_nc: int, label_nc: int, norm: str = "syncbatch", kernel_size: int = 3, hidden_nc: int = 128
     ) -> None:
@@ -73,7 +81,7 @@ class FusedSPADE(nn.Module):
         self.norm, self.norm_nc, self.label_nc, self.kernel_size = norm, norm_nc, label_nc, kernel_size
         padding = kernel_size // 2
         self.param_free_norm = reference.param_free_norm(norm, norm_nc)
-        self.process_group: tuple[str, int] | None = None  # see spade_fast.layers.sync
+        self.process_group: tuple[str, int] | None = None  # its name and size, see spade_fast.layers.sync
         self.mlp_shared = nn.Sequential(nn.Conv2d(label_nc, hidden_nc, kernel_size, padding=padding), nn.ReLU())
         self.mlp_gamma = nn.Conv2d(hidden_nc, norm_nc, kernel_size, padding=padding)
         self.mlp_beta = nn.Conv2d(hidden_nc, norm_nc, kernel_size, padding=padding)
@@ -86,73 +94,94 @@ class FusedSPADE(nn.Module):
 
         Args:
             x: activation [N, norm_nc, H, W].
-            labels: LabelMap, or a map [N, label_nc, h, w]; resized by nearest neighbor to the output's size. A tensor
-                which is exactly one-hot (plus 0/1 edges) is taken as a LabelMap (finding out reads it once, and waits
-                for a GPU; inside :func:`spade_fast.labels.map_scope.map_scope` once for all layers); any other is dense
+            labels: LabelMap, or a map [N, label_nc, h, w]. It is resized by nearest neighbor to the output's size. A
+                tensor that is exactly one-hot, with or without 0/1 edges in its last channel, is taken as a LabelMap.
+                To find out, the layer reads the tensor once and waits for a GPU; inside
+                :func:`spade_fast.labels.map_scope.map_scope` all layers share one reading. Any other tensor is dense
                 conditioning.
             activation: negative slope of a LeakyReLU after the modulation, ``"leaky_relu"`` (0.2), or None.
-            upsample: 1, or 2 to normalize and modulate x enlarged twice by nearest neighbor, without building it.
+            upsample: 1, or 2 to normalize and modulate x enlarged twice by nearest neighbor. The enlarged x is not
+                built.
 
         Returns:
             [N, norm_nc, H·upsample, W·upsample] in the dtype and layout of x.
+
+        Raises:
+            ValueError: x, labels or activation do not fit; a single value has no variance in training.
+            RuntimeError: see the class on statistics over several processes.
         """
         return modulate(x, labels, [self], [activation], upsample)[0][0]
 
     def extra_repr(self) -> str:
         return f"{self.norm_nc}, label_nc={self.label_nc}, norm={self.norm!r}, kernel_size={self.kernel_size}"
 
-    def pattern_params(self, patterns: Patterns, edges: bool) -> Tensor:
+    @property
+    def _shared(self) -> nn.Conv2d:
+        """The first convolution, once `changed_network` has found it as built."""
+        convolution = self.mlp_shared[0]
+        assert isinstance(convolution, nn.Conv2d)
+        return convolution
+
+    def params(self, labels: LabelMap | Tensor, patterns: PatternTables | None, size: tuple[int, int]) -> Tensor:
+        """[gamma | beta] by the cheapest way: [P, 2·norm_nc] by pattern, or [N, 2·norm_nc, *size] by pixel.
+
+        Args:
+            labels: LabelMap, or a dense map [N, label_nc, h, w].
+            patterns: the LabelMap's tables at size; None for a dense map.
+            size: (H, W) of the output.
+        """
+        if isinstance(labels, Tensor):
+            return self.pixel_params(labels, size)
+        assert patterns is not None
+        if few_repeats(patterns):
+            return self.label_pixel_params(patterns, labels.has_edges)
+        return self.pattern_params(patterns, labels.has_edges)
+
+    def pattern_params(self, patterns: PatternTables, edges: bool) -> Tensor:
         """[P, 2·norm_nc] = [gamma | beta] of every pattern."""
         gamma, beta = self.mlp_gamma, self.mlp_beta
-        return ops.pattern_params.pattern_params(
-            self._hidden_rows(patterns.codes, edges),
-            patterns.taps,
+        assert gamma.bias is not None and beta.bias is not None
+        return pattern_params(
+            self._hidden_rows(patterns.patch_codes, edges),
+            patterns.pattern_patches,
             gamma.weight,
             gamma.bias,
             beta.weight,
             beta.bias,
-            patterns.tap_order,
-            patterns.tap_offsets,
+            patterns.taps_by_patch,
+            patterns.patch_offsets,
         )
 
     def _hidden_rows(self, codes: Tensor, edges: bool) -> Tensor:
         """[Q, hidden_nc]: the hidden layer at label patches, codes [Q, k·k]."""
-        shared = self.mlp_shared[0]
-        table = shared.weight.permute(2, 3, 1, 0).reshape(self.kernel_size**2, self.label_nc, -1)
-        return embedding_sum(table, shared.bias, codes, edges, relu=True)
+        return hidden_of_patches(weight_table(self._shared.weight), self._shared.bias, codes, edges)
 
-    def label_pixel_params(self, patterns: Patterns, edges: bool) -> Tensor:
+    def label_pixel_params(self, patterns: PatternTables, edges: bool) -> Tensor:
         """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel, for maps with few repeated patches."""
         gamma, beta = self.mlp_gamma, self.mlp_beta
         hidden = self._hidden_pixels(patterns, edges)
         return merged_gamma_beta(hidden, gamma.weight, gamma.bias, beta.weight, beta.bias)
 
-    def _hidden_pixels(self, patterns: Patterns, edges: bool) -> Tensor:
-        """[N, hidden_nc, H, W]: the hidden layer at every pixel."""
-        # With few repeats, one sum a pixel costs less than one a patch and then a gather.
-        hidden = self._hidden_rows(patterns.pixel_codes, edges)
-        return hidden.view(*patterns.hidden_ids.shape, -1).permute(0, 3, 1, 2)
+    def _hidden_pixels(self, patterns: PatternTables, edges: bool) -> Tensor:
+        """[N, hidden_nc, H, W]: the hidden layer at every pixel.
 
-    def modulate_few_pixels(self, x: Tensor, patterns: Patterns, edges: bool, slope: float) -> Tensor:
+        With few repeats, one sum for each pixel costs less than one for each patch and then a gather.
+        """
+        return by_pixel(self._hidden_rows(patterns.pixel_codes, edges), patterns)
+
+    def modulate_few_pixels(self, x: Tensor, patterns: PatternTables, edges: bool, slope: float) -> Tensor:
         """:meth:`forward` of x [N, norm_nc, H, W] with labels of its size, by torch's own operations."""
-        hidden, norm = self._hidden_pixels(patterns, edges), self.param_free_norm
-        if _recomputing and norm.training and norm.running_mean is not None:  # they were updated the first time
-            running = norm.running_mean.clone(), norm.running_var.clone()
-            xhat = F.batch_norm(x, *running, training=True, eps=norm.eps)
-        else:
-            xhat = norm(x)
-        out = xhat * (1 + self.mlp_gamma(hidden)) + self.mlp_beta(hidden)
-        return out if slope == 1.0 else F.leaky_relu(out, slope)
+        return formula(x, self._hidden_pixels(patterns, edges), self, slope)
 
     def pixel_params(self, segmap: Tensor, size: tuple[int, int]) -> Tensor:
         """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel, from a dense map [N, label_nc, h, w]."""
-        shared, gamma, beta = self.mlp_shared[0], self.mlp_gamma, self.mlp_beta
+        shared, gamma, beta = self._shared, self.mlp_gamma, self.mlp_beta
         return dense_gamma_beta(
             segmap, size, shared.weight, shared.bias, gamma.weight, gamma.bias, beta.weight, beta.bias
         )
 
     def module_params(self, labels: LabelMap | Tensor, size: tuple[int, int]) -> Tensor:
-        """The same through the submodules' own forwards."""
+        """[N, 2·norm_nc, H, W] = [gamma | beta] of every pixel through the submodules' own forwards."""
         hidden = self.mlp_shared(self._resized(labels, size))
         return torch.cat([self.mlp_gamma(hidden), self.mlp_beta(hidden)], dim=1)
 
@@ -167,36 +196,22 @@ class FusedSPADE(nn.Module):
         return segmap.to(dtype)
 
     def changed_network(self) -> str | None:
-        """Which submodule of the modulation network is not as built, and how; None: all are."""
-        why = changed(self.mlp_shared, nn.Sequential)
-        if why is not None:
-            return f"mlp_shared {why}"
-        if len(self.mlp_shared) != 2:
-            return f"mlp_shared has {len(self.mlp_shared)} parts, not 2"
-        convolution, activation = self.mlp_shared
-        hidden_nc, k = convolution.out_channels if isinstance(convolution, nn.Conv2d) else 0, self.kernel_size
-        checks = (
-            ("mlp_shared.0", changed_convolution(convolution, self.label_nc, hidden_nc, k)),
-            ("mlp_shared.1", changed(activation, nn.ReLU)),
-            ("mlp_gamma", changed_convolution(self.mlp_gamma, hidden_nc, self.norm_nc, k)),
-            ("mlp_beta", changed_convolution(self.mlp_beta, hidden_nc, self.norm_nc, k)),
-        )
-        return next((f"{name} {why}" for name, why in checks if why is not None), None)
+        """Which submodule of the modulation network is not as built, and how. None: all are as built."""
+        sizes = (self.label_nc, self.norm_nc, self.kernel_size)
+        return changed_network(self.mlp_shared, self.mlp_gamma, self.mlp_beta, *sizes)
 
     def changed_norm(self) -> str | None:
-        """How param_free_norm is not one that the statistics kernels compute; None: it is."""
+        """Why the statistics kernels cannot compute param_free_norm. None: they can."""
         why = changed_norm(self.param_free_norm, self.norm_nc)
         return None if why is None else f"param_free_norm {why}"
 
     def warn(self, why: str) -> None:
+        """Warns once that a submodule is not as built."""
         if why not in self._warned and not torch.compiler.is_compiling():
             self._warned.add(why)
             warnings.warn(
                 f"FusedSPADE: {why}; it runs through its own forward, which is right but not as fast", stacklevel=4
             )
-
-
-Recipe = tuple[Callable[..., Tensor], list[Tensor | None]] | None  # function and tensors that give an output again
 
 
 def modulate(
@@ -205,83 +220,111 @@ def modulate(
     layers: Sequence[FusedSPADE],
     activations: Sequence[float | str | None],
     upsample: int = 1,
-) -> tuple[list[Tensor], list[Recipe]]:
-    """The outputs of one or two FusedSPADE layers of the same kind on the same x: statistics and reads of x are shared.
+) -> tuple[list[Tensor], list[Recompute | None]]:
+    """One or two FusedSPADE layers of the same kind on the same x, which share statistics and reads of x.
 
-    Arguments as in :meth:`FusedSPADE.forward`, an activation for each layer. Also returned, for each output: how to
-    compute it again from what is kept for backward anyway, so that a convolution after it need not keep it (None: it
-    must keep it).
+    Args:
+        x, labels, upsample: see :meth:`FusedSPADE.forward`.
+        layers: the layers.
+        activations: an activation for each layer.
+
+    Returns:
+        For each layer its output, and how to compute the output again from what is kept for backward anyway. With the
+        latter, a convolution after the layer need not keep its input. None: it must keep it.
     """
-    first = layers[0]
-    slopes = [_slope(a) for a in activations]
-    _check_input(x, labels, first, upsample)
+    slopes = [slope_of(a) for a in activations]
+    check_input(x, labels, layers[0])
     if torch_only():
-        return [_by_torch(x, labels, layer, slope, upsample) for layer, slope in zip(layers, slopes, strict=True)], [
-            None for _ in layers
-        ]
-    labels = recognize(labels)
+        outs = [by_torch(x, labels, layer, slope, upsample) for layer, slope in zip(layers, slopes, strict=True)]
+        return outs, [None for _ in layers]
+    labels = as_label_map(labels)
     changes = [(layer.changed_network(), layer.changed_norm()) for layer in layers]
     if len(layers) == 2 and (any(why is not None for pair in changes for why in pair) or not _alike(*layers)):
         pairs = [modulate(x, labels, [layer], [slope], upsample) for layer, slope in zip(layers, slopes, strict=True)]
-        return [outs[0] for outs, _ in pairs], [recipes[0] for _, recipes in pairs]
-    network, norm = changes[0]
-    if norm is not None:
-        _refuse_own_statistics(first, f"{norm}, so it")
-    for why in (network, norm):
+        return [outs[0] for outs, _ in pairs], [again[0] for _, again in pairs]
+    return _modulate_alike(x, labels, layers, slopes, upsample, *changes[0])
+
+
+def _modulate_alike(
+    x: Tensor,
+    labels: LabelMap | Tensor,
+    layers: Sequence[FusedSPADE],
+    slopes: list[float],
+    upsample: int,
+    network_change: str | None,
+    norm_change: str | None,
+) -> tuple[list[Tensor], list[Recompute | None]]:
+    """`modulate` of layers whose statistics are the same. What a change names runs through its own forward."""
+    first = layers[0]
+    if norm_change is not None:
+        refuse_own_statistics(first, f"{norm_change}, so it")
+    for why in (network_change, norm_change):
         if why is not None:
             first.warn(why)
-    if norm is not None:
-        x, upsample = first.param_free_norm(_enlarged(x, upsample)), 1
+    if norm_change is not None:
+        x, upsample = first.param_free_norm(enlarged(x, upsample)), 1
     size = (x.shape[2] * upsample, x.shape[3] * upsample)
-    ids = order = offsets = None
-    if network is not None:
-        params = [first.module_params(labels, size)]
-    elif isinstance(labels, LabelMap):
+    patterns = None
+    if isinstance(labels, LabelMap) and network_change is None:
         patterns = labels.patterns(*size, first.kernel_size, backward=torch.is_grad_enabled())
-        # A traced graph must not depend on how many patterns this map has.
-        if not torch.compiler.is_compiling() and patterns.density > DENSE_ABOVE:
-            if upsample == 1 and norm is None and _few_pixels(x, first):
-                pairs = zip(layers, slopes, strict=True)
-                outs = [layer.modulate_few_pixels(x, patterns, labels.has_edges, slope) for layer, slope in pairs]
-                return outs, [None] * len(outs)
-            params = [layer.label_pixel_params(patterns, labels.has_edges) for layer in layers]
-        else:
-            params = [layer.pattern_params(patterns, labels.has_edges) for layer in layers]
-            ids, order, offsets = patterns.ids, patterns.order, patterns.offsets
+        if few_repeats(patterns) and norm_change is None and upsample == 1 and _few_pixels(x, first):
+            pairs = zip(layers, slopes, strict=True)
+            outs = [layer.modulate_few_pixels(x, patterns, labels.has_edges, slope) for layer, slope in pairs]
+            return outs, [None for _ in outs]
+    found = [Normalization()] if norm_change is not None else _normalizations(x, layers, upsample)
+    if network_change is not None:
+        params = [first.module_params(labels, size)]
     else:
-        params = [layer.pixel_params(labels, size) for layer in layers]
-    statistics = [(None, None, False, None)] if norm is not None else _statistics(x, layers, upsample)
-    recipes = [
-        (functools.partial(_modulate_again, slope, upsample, depends), [x, mean, rstd, p, ids])
-        for (mean, rstd, depends, _), p, slope in zip(itertools.cycle(statistics), params, slopes, strict=False)
-    ]
-    if len(statistics) == 1:
-        mean, rstd, depends, shared = statistics[0]
-        if shared is not None:
-            outs = sync_modulation(x, mean, rstd, params, ids, order, offsets, slopes, upsample, *shared)
-            return outs, recipes
-        return modulation(x, mean, rstd, params, ids, order, offsets, slopes, upsample, depends), recipes
-    outs = [  # running statistics are each layer's own
-        modulation(x, mean, rstd, [p], ids, order, offsets, [slope], upsample, depends)[0]
-        for (mean, rstd, depends, _), p, slope in zip(statistics, params, slopes, strict=True)
-    ]
-    return outs, recipes
+        params = [layer.params(labels, patterns, size) for layer in layers]
+    return _outputs(x, found, params, patterns if params[0].dim() == 2 else None, slopes, upsample)
 
 
-def _check_input(x: Tensor, labels: LabelMap | Tensor, layer: FusedSPADE, upsample: int) -> None:
-    if x.dim() != 4 or x.shape[1] != layer.norm_nc:
-        raise ValueError(f"x must have shape [N, {layer.norm_nc}, H, W], got {list(x.shape)}")
-    shape = reference.segmap_shape(labels)
-    if shape[:2] != (x.shape[0], layer.label_nc):
-        raise ValueError(
-            f"labels must be for [N={x.shape[0]}, label_nc={layer.label_nc}] as x and the layer are, got {list(shape)}"
+def _normalizations(x: Tensor, layers: Sequence[FusedSPADE], upsample: int) -> list[Normalization]:
+    """Of all layers together, or of each; updates running statistics."""
+    norms = [layer.param_free_norm for layer in layers]
+    shares = isinstance(norms[0], _BatchNorm) and norms[0].training
+    return normalizations(x, norms, upsample, sync.layer_group(layers[0]) if shares else None)
+
+
+def _outputs(
+    x: Tensor,
+    found: list[Normalization],
+    params: list[Tensor],
+    patterns: PatternTables | None,
+    slopes: list[float],
+    upsample: int,
+) -> tuple[list[Tensor], list[Recompute | None]]:
+    """The modulation for each entry of params. found: one normalization for all, or one for each."""
+    pattern_of_pixel = None if patterns is None else patterns.pattern_of_pixel
+    again: list[Recompute | None] = [
+        Recompute(
+            functools.partial(_modulate_again, slope, upsample, one.stats_from_x),
+            [x, one.mean, one.rstd, p, pattern_of_pixel],
         )
-    if labels.device != x.device:
-        raise ValueError(f"labels are on {labels.device}, x is on {x.device}")
+        for one, p, slope in zip(itertools.cycle(found), params, slopes, strict=False)
+    ]
+    if len(found) == 1:
+        return modulated(x, found[0], params, patterns, slopes, upsample), again
+    each = zip(found, params, slopes, strict=True)  # running statistics are each layer's own
+    return [modulated(x, one, [p], patterns, [slope], upsample)[0] for one, p, slope in each], again
+
+
+def _modulate_again(
+    slope: float,
+    upsample: int,
+    stats_from_x: bool,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    params: Tensor,
+    pattern_of_pixel: Tensor | None,
+) -> Tensor:
+    through = stats_from_x and torch.is_grad_enabled()  # a second derivative goes through the statistics too
+    return modulation(x, mean, rstd, [params], pattern_of_pixel, None, None, [slope], upsample, through)[0]
 
 
 def _alike(a: FusedSPADE, b: FusedSPADE) -> bool:
-    """Whether statistics of one layer serve the other."""
+    """Whether the statistics that one layer takes of x are also the other's."""
     one, other = a.param_free_norm, b.param_free_norm
     return (
         type(one) is type(other)
@@ -291,33 +334,6 @@ def _alike(a: FusedSPADE, b: FusedSPADE) -> bool:
         and (getattr(one, "running_mean", None) is None) == (getattr(other, "running_mean", None) is None)
         and sync.layer_group(a) == sync.layer_group(b)
     )
-
-
-def _enlarged(x: Tensor, upsample: int) -> Tensor:
-    return x if upsample == 1 else F.interpolate(x, scale_factor=float(upsample), mode="nearest")
-
-
-def _by_torch(x: Tensor, labels: LabelMap | Tensor, layer: FusedSPADE, slope: float, upsample: int) -> Tensor:
-    """The reference formula through the layer's submodules, which a trace, an export or a transform can follow."""
-    _refuse_own_statistics(layer, "a trace, an export, a transform of torch.func or a forward-mode derivative")
-    x = _enlarged(x, upsample)
-    segmap = reference.as_segmap(labels, next(layer.parameters()).dtype)
-    hidden = layer.mlp_shared(F.interpolate(segmap, size=x.shape[2:], mode="nearest"))
-    out = layer.param_free_norm(x) * (1 + layer.mlp_gamma(hidden)) + layer.mlp_beta(hidden)
-    return out if slope == 1.0 else F.leaky_relu(out, slope)
-
-
-def _refuse_own_statistics(layer: FusedSPADE, what: str) -> None:
-    """Raises RuntimeError where the norm's own forward would take statistics of this process alone, but the layer
-    shares its statistics over several processes."""
-    norm = layer.param_free_norm
-    own = isinstance(norm, nn.BatchNorm2d) and (norm.training or norm.running_mean is None)
-    if own and sync.layer_group(layer) is not None:
-        raise RuntimeError(
-            f'FusedSPADE with norm="syncbatch" on several processes: {what} would take batch statistics of this '
-            'process alone; call eval() first, take norm="batch", whose statistics are each process\'s own, or put '
-            "torch.nn.SyncBatchNorm.convert_sync_batchnorm(network) in its place"
-        )
 
 
 def _few_pixels(x: Tensor, layer: FusedSPADE) -> bool:
@@ -332,171 +348,14 @@ def _few_pixels(x: Tensor, layer: FusedSPADE) -> bool:
     )
 
 
-def _modulate_again(slope: float, upsample: int, depends: bool, x, mean, rstd, params, ids) -> Tensor:
-    stats = depends and torch.is_grad_enabled()  # a second derivative goes through the statistics too
-    return modulation(x, mean, rstd, [params], ids, None, None, [slope], upsample, stats)[0]
-
-
-def recognize(labels: LabelMap | Tensor) -> LabelMap | Tensor:
-    """The LabelMap that a one-hot tensor stands for, or labels itself. Inside a `map_scope`, found once a tensor."""
-    if not isinstance(labels, Tensor) or labels.requires_grad or labels.is_meta or torch.compiler.is_compiling():
-        return labels
-    if type(labels) not in (Tensor, nn.Parameter):  # a fake or distributed tensor has no values to look at
-        return labels
-    found = recognized(labels, LabelMap.from_segmap)
-    return labels if found is None else found
-
-
-def _slope(activation: float | str | None) -> float:
-    if activation is None:
-        return 1.0
-    if activation == "leaky_relu":
-        return SLOPE
-    if isinstance(activation, (int, float)) and not isinstance(activation, bool):
-        return float(activation)
-    raise ValueError(f'activation must be None, a negative slope or "leaky_relu", got {activation!r}')
-
-
-Shared = tuple[Tensor, tuple[str, int]]  # number of values a channel over all processes, and their group
-
-
-def _statistics(
-    x: Tensor, layers: Sequence[FusedSPADE], upsample: int
-) -> list[tuple[Tensor | None, Tensor | None, bool, Shared | None]]:
-    """(mean, rstd, whether they depend on x, and over which processes): once for all layers, or for each; updates
-    running statistics.
-
-    Enlarging x by nearest neighbor changes neither mean nor biased variance, only the count behind the unbiased one.
-    """
-    norm = layers[0].param_free_norm
-    if isinstance(norm, nn.Identity):
-        return [(None, None, False, None)]
-    n, _, h, w = x.shape
-    if isinstance(norm, nn.InstanceNorm2d):
-        if h * w * upsample**2 == 1:
-            raise ValueError(f"instance norm needs more than 1 spatial element, got x of shape {list(x.shape)}")
-        mean, m2 = ops.statistics.statistics(x, True)
-        return [(mean, torch.rsqrt(m2 / max(h * w, 1) + norm.eps), True, None)]
-    if not norm.training and norm.running_mean is not None:
-        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-        norms = [layer.param_free_norm for layer in layers]
-        return [
-            (b.running_mean[None].to(acc), torch.rsqrt(b.running_var[None].to(acc) + b.eps), False, None) for b in norms
-        ]
-    count: int | Tensor = n * h * w
-    group = sync.layer_group(layers[0]) if norm.training else None
-    if group is None and count * upsample**2 == 1:
-        raise ValueError(f"batch norm needs more than 1 value per channel when training, got x of {list(x.shape)}")
-    mean, m2 = ops.statistics.statistics(x, False)
-    shared = None
-    if group is not None:
-        mean, m2, count = combine_statistics(mean, m2, count, group)
-        shared = (count, group)
-    variance = m2 / (max(count, 1) if group is None else count.clamp(min=1))
-    for layer in layers:
-        _update_running(layer.param_free_norm, mean[0], variance[0], count * upsample**2)
-    return [(mean, torch.rsqrt(variance + norm.eps), True, shared)]
-
-
-def _update_running(norm: nn.Module, mean: Tensor, variance: Tensor, count: int | Tensor) -> None:
-    """As BatchNorm2d does: momentum, unbiased variance, num_batches_tracked. count: a tensor over several processes."""
-    if not norm.training or norm.running_mean is None or _recomputing:
-        return
-    with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        if isinstance(count, Tensor):
-            unbiased = variance * (count / (count - 1).clamp(min=1))
-        elif count == 0:
-            return
-        else:
-            unbiased = variance * (count / max(count - 1, 1))
-        momentum = norm.momentum
-        if momentum is None:  # cumulative average
-            momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
-        for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-            if running.dtype == new.dtype:
-                running.lerp_(new, momentum)
-            else:
-                running.copy_(torch.lerp(running.to(new.dtype), new, momentum))
-
-
-class SPADEResnetBlock(nn.Module):
-    """SPADE residual block (paper, Figure 4a): SPADE, LeakyReLU, convolution, twice, and a learned shortcut when the
-    number of channels changes.
-
-    Args:
-        fin, fout: channels in and out.
-        label_nc: channels of the segmentation map.
-        norm, kernel_size: see :class:`spade_fast.reference.SPADE`.
-        spade: ``fused`` for :class:`FusedSPADE`, ``reference`` for the plain layer.
-        spectral_norm: whether the convolutions are spectrally normalized.
-    """
-
-    def __init__(
-        self,
-        fin: int,
-        fout: int,
-        label_nc: int,
-        norm: str = "syncbatch",
-        kernel_size: int = 3,
-        spade: str = "fused",
-        spectral_norm: bool = True,
-    ) -> None:
-        super().__init__()
-        kinds = {"fused": FusedSPADE, "reference": reference.SPADE}
-        if spade not in kinds:
-            raise ValueError(f"spade must be one of {', '.join(kinds)}, got {spade!r}")
-        self.fused = spade == "fused"
-        layer, convolution = kinds[spade], SpectralConv2d if spectral_norm else nn.Conv2d
-        middle = min(fin, fout)
-        self.conv_0 = convolution(fin, middle, 3, padding=1)
-        self.conv_1 = convolution(middle, fout, 3, padding=1)
-        self.norm_0 = layer(fin, label_nc, norm, kernel_size)
-        self.norm_1 = layer(middle, label_nc, norm, kernel_size)
-        self.learned_shortcut = fin != fout
-        if self.learned_shortcut:
-            self.conv_s = convolution(fin, fout, 1, bias=False)
-            self.norm_s = layer(fin, label_nc, norm, kernel_size)
-
-    def forward(self, x: Tensor, segmap: LabelMap | Tensor, upsample: int = 1) -> Tensor:
-        """x [N, fin, h, w], enlarged ``upsample`` times by nearest neighbor, -> [N, fout, h·upsample, w·upsample].
-
-        segmap: a dense map [N, label_nc, ., .], or, for fused layers, a LabelMap too.
-        """
-        norms = [self.norm_0, self.norm_1, *([self.norm_s] if self.learned_shortcut else [])]
-        if torch_only() or any(changed(norm, FusedSPADE) is not None for norm in norms):
-            return self._forward_plain(x, segmap, upsample)
-        if self.learned_shortcut:
-            outs, recipes = modulate(x, segmap, [self.norm_0, self.norm_s], [SLOPE, None], upsample)
-            shortcut = _convolve(self.conv_s, outs[1], recipes[1])
-        else:
-            outs, recipes = modulate(x, segmap, [self.norm_0], [SLOPE], upsample)
-        out = _convolve(self.conv_0, outs[0], recipes[0])
-        outs, recipes = modulate(out, segmap, [self.norm_1], [SLOPE])
-        out = _convolve(self.conv_1, outs[0], recipes[0])
-        if changed(self.conv_1, SpectralConv2d) is not None:  # something else may hold its output
-            out = out.clone()
-        return out.add_(shortcut) if self.learned_shortcut else _add_enlarged(out, x, upsample)
-
-    def _forward_plain(self, x: Tensor, segmap: Tensor, upsample: int) -> Tensor:
-        if upsample != 1:
-            x = F.interpolate(x, scale_factor=float(upsample), mode="nearest")
-        shortcut = self.conv_s(self.norm_s(x, segmap)) if self.learned_shortcut else x
-        out = self.conv_0(F.leaky_relu(self.norm_0(x, segmap), SLOPE))
-        out = self.conv_1(F.leaky_relu(self.norm_1(out, segmap), SLOPE))
-        return shortcut + out
-
-
-def _convolve(convolution: nn.Module, x: Tensor, recipe: Recipe) -> Tensor:
-    if recipe is None or changed(convolution, SpectralConv2d) is not None:
-        return convolution(x)
-    return convolution(x, recipe)
-
-
-def _add_enlarged(out: Tensor, x: Tensor, upsample: int) -> Tensor:
-    """out + x enlarged by nearest neighbor, without building the enlarged x."""
-    if upsample == 1:
-        return out.add_(x)
-    h, w = x.shape[2:]
-    cells = out.unflatten(3, (w, upsample)).unflatten(2, (h, upsample))
-    return (cells + x[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
+if not TYPE_CHECKING:  # a type checker must not take every name for an attribute
+    __getattr__ = _moved.attributes(
+        __name__,
+        {
+            "DENSE_ABOVE": "spade_fast.layers.patches.DENSE_ABOVE",
+            "SLOPE": "spade_fast.layers.plain.SLOPE",
+            "SPADEResnetBlock": "spade_fast.layers.block.SPADEResnetBlock",
+            "recognize": "spade_fast.labels.map_scope.as_label_map",
+            "recomputing": "spade_fast.layers.normalization.recomputing",
+        },
+    )

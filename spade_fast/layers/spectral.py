@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,13 @@ def hold_power_iteration() -> Iterator[None]:
 def has_spectral_norm(network: nn.Module) -> bool:
     """Whether some layer of a network is spectrally normalized, by this module or by torch's hook."""
     return any("weight_u" in module._buffers for module in network.modules())
+
+
+class Recompute(NamedTuple):
+    """How a tensor is computed again: function(*tensors)."""
+
+    function: Callable[..., Tensor]
+    tensors: list[Tensor | None]
 
 
 class _Marker(SpectralNorm):
@@ -185,7 +193,7 @@ class SpectralConv2d(nn.Conv2d):
             or "_conv_forward" in self.__dict__
         )
 
-    def forward(self, x: Tensor, recompute: tuple[Callable[..., Tensor], list[Tensor | None]] | None = None) -> Tensor:
+    def forward(self, x: Tensor, recompute: Recompute | None = None) -> Tensor:
         """Convolve x [N, in, H, W].
 
         recompute: (function, tensors) with function(*tensors) equal to x: backward then evaluates it again, and x is

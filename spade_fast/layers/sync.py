@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Over which processes a layer with norm="syncbatch" takes its batch statistics."""
+"""The processes over which a layer with norm="syncbatch" takes its batch statistics."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,20 +16,32 @@ from spade_fast.ops.sync_modulation import Group
 _warned = False
 
 
-def set_process_group(network: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Chooses the processes of every FusedSPADE layer of a network; None, as at first, is all that there are.
+class Layer(Protocol):
+    """What a layer says about the processes that share its statistics."""
 
-    Layers with norm="syncbatch" then share their batch statistics in training mode as soon as torch.distributed is
-    initialized: over NCCL on GPUs, gloo on CPUs. norm="batch" never does.
+    norm: str
+    param_free_norm: nn.Module
+    process_group: Group | None
+
+
+def set_process_group(network: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Chooses the processes over which the FusedSPADE layers of a network take their batch statistics.
+
+    Layers with ``norm="syncbatch"`` share batch statistics in training mode once torch.distributed is initialized: over
+    NCCL on GPUs, over gloo on CPUs. Layers with ``norm="batch"`` never do.
+
+    Args:
+        network: any module. Modules in it that are no FusedSPADE are left alone.
+        group: the processes; None, the setting of a new layer, for all processes.
     """
     chosen = None if group is None else (group.group_name, group.size())
     for module in network.modules():
-        if hasattr(module, "process_group"):
-            module.process_group = chosen
+        if "param_free_norm" in module._modules and "process_group" in module.__dict__:
+            module.__dict__["process_group"] = chosen
 
 
-def layer_group(layer: nn.Module) -> Group | None:
-    """The group over which a FusedSPADE layer shares its statistics in training mode, or None."""
+def layer_group(layer: Layer) -> Group | None:
+    """The group over which a layer shares its statistics in training mode, or None."""
     norm = layer.param_free_norm
     if not isinstance(norm, nn.SyncBatchNorm):
         return group_of(layer.norm, layer.process_group)
@@ -39,7 +52,7 @@ def layer_group(layer: nn.Module) -> Group | None:
 
 
 def group_of(norm: str, chosen: Group | None) -> Group | None:
-    """The group to share statistics over, or None: one process, or a norm that does not share."""
+    """The group to share statistics over. None for one process, and for a norm that does not share."""
     if norm != "syncbatch":
         return None
     if not (dist.is_available() and dist.is_initialized()):
@@ -52,7 +65,9 @@ def group_of(norm: str, chosen: Group | None) -> Group | None:
 
 
 def _world() -> Group:
-    return dist.group.WORLD.group_name, dist.get_world_size()
+    world = dist.group.WORLD
+    assert world is not None
+    return world.group_name, dist.get_world_size()
 
 
 def _warn_uninitialized(chosen: Group | None) -> None:
@@ -60,9 +75,9 @@ def _warn_uninitialized(chosen: Group | None) -> None:
     if _warned or (chosen is None and int(os.environ.get("WORLD_SIZE", 1)) <= 1):
         return
     _warned = True
-    why = "a process group was chosen" if chosen is not None else f"WORLD_SIZE is {os.environ['WORLD_SIZE']}"
+    cause = "a process group was chosen" if chosen is not None else f"WORLD_SIZE is {os.environ['WORLD_SIZE']}"
     warnings.warn(
-        f'{why}, but torch.distributed is not initialized: norm="syncbatch" takes statistics of this process alone '
+        f'{cause}, but torch.distributed is not initialized: norm="syncbatch" takes statistics of this process alone '
         "(call torch.distributed.init_process_group first)",
         stacklevel=2,
     )

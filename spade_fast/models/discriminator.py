@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spade_fast.labels.label_map import LabelMap
 from spade_fast.layers.as_built import changed, changed_convolution, torch_only
-from spade_fast.layers.spade import SLOPE
+from spade_fast.layers.plain import SLOPE
 from spade_fast.models.norms import current_norm, normalized_conv
 from spade_fast.ops.label_conv import label_conv
 from spade_fast.reference import segmap_shape

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spade_fast.layers.spade import SLOPE
+from spade_fast.layers.plain import SLOPE
 from spade_fast.models.norms import current_norm, normalized_conv
 
 INPUT_SIZE = 256

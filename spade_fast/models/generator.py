@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spade_fast.labels.label_map import LabelMap
-from spade_fast.labels.map_scope import map_scope
+from spade_fast.labels.map_scope import as_label_map, map_scope
 from spade_fast.layers.as_built import changed, changed_convolution, torch_only
-from spade_fast.layers.spade import SLOPE, SPADEResnetBlock, recognize, recomputing
+from spade_fast.layers.block import SPADEResnetBlock
+from spade_fast.layers.normalization import recomputing
+from spade_fast.layers.plain import SLOPE
 from spade_fast.layers.spectral import SpectralConv2d, has_spectral_norm
 from spade_fast.ops.label_conv import label_conv
 from spade_fast.reference import as_segmap, segmap_shape
@@ -188,7 +192,7 @@ class SPADEGenerator(nn.Module):
 
     def _synthesize(self, segmap: LabelMap | Tensor, z: Tensor | None) -> Tensor:
         fused = self.fused and not torch_only()
-        labels = recognize(segmap) if fused else segmap
+        labels = as_label_map(segmap) if fused else segmap
         if not fused or isinstance(labels, Tensor):
             labels = as_segmap(labels, next(self.parameters()).dtype)
         x = self._first_features(labels, z)
@@ -203,9 +207,14 @@ class SPADEGenerator(nn.Module):
                     *([upsample] if upsample != 1 else []),
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=lambda: (contextlib.nullcontext(), recomputing()),
+                    context_fn=functools.partial(_checkpoint_contexts, block),
                 )
             else:
                 x = block(x, labels, upsample) if upsample != 1 else block(x, labels)
         own = changed(block, SPADEResnetBlock) is None  # then nothing else holds its output
         return torch.tanh(self.conv_img(F.leaky_relu(x, SLOPE, inplace=own)))
+
+
+def _checkpoint_contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The contexts of a checkpointed block's first forward and of those that repeat it."""
+    return contextlib.nullcontext(), recomputing(block)

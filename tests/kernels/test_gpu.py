@@ -99,7 +99,7 @@ def test_training_step_does_not_wait_for_the_device(device):
     """With patterns found by a worker, nothing between the batch's arrival and the losses synchronizes the host."""
     torch.manual_seed(0)
     worker = label_map(size=(64, 64)).build([(64 >> i, 64 >> i) for i in range(6)], backward=True)
-    found = {key: patterns.ids.clone() for key, patterns in worker._patterns.items()}
+    found = {key: patterns.pattern_of_pixel.clone() for key, patterns in worker._patterns.items()}
     generator = SPADEGenerator(6, ngf=4, crop_size=64).to(device)
     discriminator = MultiscaleDiscriminator(6, ndf=8).to(device)
     image = torch.randn(2, 3, 64, 64, device=device)
@@ -115,7 +115,7 @@ def test_training_step_does_not_wait_for_the_device(device):
             torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(first) and torch.isfinite(second)
     assert labels._patterns.keys() == found.keys()  # the step needed no resolution that was not built
-    assert all(torch.equal(labels._patterns[key].ids.cpu(), ids) for key, ids in found.items())
+    assert all(torch.equal(labels._patterns[key].pattern_of_pixel.cpu(), ids) for key, ids in found.items())
 
 
 @pytest.mark.gpu

@@ -57,7 +57,7 @@ def test_one_hot_with_edges_and_ignored_pixels(edge_dtype, ignore):
     assert torch.equal(labels.one_hot(), dense(ids, 4, edges, ignore))
     assert labels.one_hot(torch.float16).dtype == torch.float16
     assert torch.equal(labels.edges, edges.bool())
-    assert torch.equal(labels.ids, ids.masked_fill(ids == (-99 if ignore is None else ignore), 4).int())
+    assert torch.equal(labels.labels, ids.masked_fill(ids == (-99 if ignore is None else ignore), 4).int())
 
 
 def test_more_than_255_classes():
@@ -68,11 +68,16 @@ def test_more_than_255_classes():
 @pytest.mark.parametrize(
     ("ids", "kwargs", "error", "message"),
     [
-        (torch.tensor([[[0, 1], [7, 2]]]), {}, ValueError, r"ids\[0, 1, 0\] is 7; labels must be in 0\.\.2 .*1 pixels"),
-        (torch.tensor([[[0, -1]]]), {}, ValueError, r"ids\[0, 0, 1\] is -1; .*no ignore_index was given"),
+        (
+            torch.tensor([[[0, 1], [7, 2]]]),
+            {},
+            ValueError,
+            r"labels\[0, 1, 0\] is 7; labels must be in 0\.\.2 .*1 pixels",
+        ),
+        (torch.tensor([[[0, -1]]]), {}, ValueError, r"labels\[0, 0, 1\] is -1; .*no ignore_index was given"),
         (torch.tensor([[[0, 255]]]), dict(ignore_index=-1), ValueError, r"is 255; .*ignore_index is -1"),
         (torch.tensor([[[0, 2**40]]]), {}, ValueError, rf"is {2**40}"),
-        (torch.zeros(1, 2, 2), {}, TypeError, "ids must have an integer dtype, got torch.float32"),
+        (torch.zeros(1, 2, 2), {}, TypeError, "labels must have an integer dtype, got torch.float32"),
         (torch.zeros(2, 2, dtype=torch.int64), {}, ValueError, r"shape \[N, H, W\], got \[2, 2\]"),
         (ZEROS, dict(edges=torch.zeros(1, 2, 3)), ValueError, r"\[1, 2, 2\], got \[1, 2, 3\]"),
         (ZEROS, dict(edges=torch.zeros(1, 2, 2)), TypeError, "edges must be bool or integer"),
@@ -162,7 +167,11 @@ def same(a, b):
     assert all(torch.equal(a._resized[k], b._resized[k]) for k in a._resized)
     for key, p in a._patterns.items():
         q = b._patterns[key]
-        assert (p.counts, p.hidden_counts, p.outside) == (q.counts, q.hidden_counts, q.outside)
+        assert (p.pattern_counts, p.patch_counts, p.outside_counts) == (
+            q.pattern_counts,
+            q.patch_counts,
+            q.outside_counts,
+        )
         for name, x, y in zip(_TENSORS, p.tensors(), q.tensors(), strict=True):
             assert (x is None and y is None) or torch.equal(x, y), (key, name)
     return True
@@ -187,16 +196,20 @@ def test_cat_and_slices_are_the_patterns_of_the_whole(backward, monkeypatch):
 def test_cat_keeps_what_all_have():
     first, second = make(1).build([(4, 5), (9, 11)], 3), make(1, seed=1).build([(4, 5)], 3, backward=True)
     whole = LabelMap.cat([first, second])
-    assert list(whole._patterns) == [(4, 5, 3)] and whole._patterns[4, 5, 3].outside is None
+    assert list(whole._patterns) == [(4, 5, 3)] and whole._patterns[4, 5, 3].outside_counts is None
 
 
 def test_patterns_are_found_once_and_completed_for_backward():
     labels = make(2)
     found = labels.patterns(4, 5)
-    assert found.order is None and labels.patterns(4, 5, backward=True) is found and found.order is not None
-    assert found.kernel_size == 3 and found.density == sum(found.counts) / 40
-    expected = segments(found.ids, found.taps.shape[0])
-    assert torch.equal(found.order, expected[0]) and torch.equal(found.offsets, expected[1])
+    assert (
+        found.pixels_by_pattern is None
+        and labels.patterns(4, 5, backward=True) is found
+        and found.pixels_by_pattern is not None
+    )
+    assert found.kernel_size == 3 and found.density == sum(found.pattern_counts) / 40
+    expected = segments(found.pattern_of_pixel, found.pattern_patches.shape[0])
+    assert torch.equal(found.pixels_by_pattern, expected[0]) and torch.equal(found.pattern_offsets, expected[1])
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -269,12 +269,12 @@ def test_parameter_vectors_and_line_search():
 
 
 def test_a_label_map_keeps_its_own_copy_of_the_labels():
-    ids = maps().ids.clone()
+    ids = maps().labels.clone()
     labels = LabelMap(ids, CLASSES)
     before = labels.one_hot()
     labels.patterns(20, 20)
     ids.zero_()
-    labels.ids.zero_()
+    labels.labels.zero_()
     assert torch.equal(labels.one_hot(), before)
 
 

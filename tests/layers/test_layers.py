@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spade_fast import LabelMap, reference
 from spade_fast.labels.map_scope import map_scope
-from spade_fast.layers import FusedSPADE, SPADEResnetBlock
+from spade_fast.layers import FusedSPADE, SPADEResnetBlock, normalization, patches
 from spade_fast.layers import spade as layers
 from spade_fast.models import MultiscaleDiscriminator, SPADEGenerator
 
@@ -99,10 +99,10 @@ def test_without_edges_and_with_300_classes():
 @pytest.mark.parametrize(("dense_above", "few_pixels"), [(2.0, 256), (-1.0, 0), (-1.0, 256)])
 def test_every_path_agrees(monkeypatch, training, dense_above, few_pixels):
     """The same map through each path; the layer chooses by the numbers of patterns and pixels."""
-    monkeypatch.setattr(layers, "DENSE_ABOVE", dense_above)
+    monkeypatch.setattr(patches, "DENSE_ABOVE", dense_above)
     monkeypatch.setattr(layers, "FEW_PIXELS", few_pixels)
-    calls, modulation = [], layers.modulation
-    monkeypatch.setattr(layers, "modulation", lambda *args: calls.append(args) or modulation(*args))
+    calls, modulation = [], normalization.modulation
+    monkeypatch.setattr(normalization, "modulation", lambda *args: calls.append(args) or modulation(*args))
     plain, fused = pair()
     plain.train(training), fused.train(training)
     compare(plain, fused, activation(), label_map(), slope=0.2)
@@ -401,7 +401,7 @@ def test_compiled_once_for_every_label_map(compiled_frames, network):
     counts = set()
     for seed in range(4):
         labels = label_map(h=32, w=32, seed=seed).build([(16, 16)], backward=True)
-        counts.add(sum(labels.patterns(16, 16).counts))
+        counts.add(sum(labels.patterns(16, 16).pattern_counts))
         x = activation(seed=seed)
         expected, actual = net(x, labels, *arguments), compiled(x, labels, *arguments)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-11)
@@ -440,7 +440,7 @@ def test_export_from_integer_labels(network):
 
     def inputs(seed):
         labels = label_map(seed=seed, ignore=False)
-        return activation(seed=seed).detach(), labels.ids, labels.edges
+        return activation(seed=seed).detach(), labels.labels, labels.edges
 
     exported = torch.export.export(net, inputs(0), strict=False)
     with torch.no_grad():

@@ -302,10 +302,12 @@ def test_loading_processes_find_the_patterns_of_every_resolution():
     assert isinstance(labels, LabelMap)
     assert image.is_contiguous(memory_format=torch.channels_last)
     assert set(labels._patterns) == {(s, s, 3) for s in (2, 4, 8, 16, 32, 64)}
-    assert all(p.order is not None and p.tap_order is not None for p in labels._patterns.values())
-    known = {key: p.ids.data_ptr() for key, p in labels._patterns.items()}
+    assert all(p.pixels_by_pattern is not None and p.taps_by_patch is not None for p in labels._patterns.values())
+    known = {key: p.pattern_of_pixel.data_ptr() for key, p in labels._patterns.items()}
     generator(labels).sum().backward()
-    assert known == {key: p.ids.data_ptr() for key, p in labels._patterns.items()}  # none was found by the step
+    assert known == {
+        key: p.pattern_of_pixel.data_ptr() for key, p in labels._patterns.items()
+    }  # none was found by the step
 
 
 # Memory
