@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .transforms import PREPROCESS_MODES
@@ -42,6 +44,11 @@ class DataOptions:
     flip: bool = option(True, "mirror half of the training samples")
     synthetic_size: int | None = option(None, "samples in an epoch of the synthetic dataset")
     seed: int = option(0, "seed of the augmentation and of the synthetic scenes")
+
+    def folder(self, name: str) -> Path | None:
+        """The directory that an option names, with ~ expanded; None where it is not given."""
+        given = getattr(self, name)
+        return None if given is None else Path(os.path.expanduser(given))
 
 
 @dataclass(frozen=True)

@@ -34,17 +34,17 @@ def decode(data: bytes) -> np.ndarray:
     if maxval > 65535:
         raise ValueError(f"its maxval is {maxval}, above 65535")
     count = width * height
+    values: np.ndarray
     if kind in (b"P1", b"P2"):
         text = re.sub(rb"#[^\r\n]*", b"", data[position:])
         words = re.findall(rb"[01]", text) if kind == b"P1" else text.split()
         values = np.array(words[:count], dtype="S").astype(np.int64) if words else np.zeros(0, np.int64)
     elif kind == b"P4":
         row = -(-width // 8)
-        bits = np.frombuffer(data, np.uint8, offset=position + 1)[: row * height]
-        count = row * height
-        values = bits
-        if len(bits) == count:
-            return np.unpackbits(bits.reshape(height, row), axis=1)[:, :width].astype(np.int32)
+        values = np.frombuffer(data, np.uint8, offset=position + 1)[: row * height]
+        count = row * height  # bytes, for the message below
+        if len(values) == count:
+            return np.unpackbits(values.reshape(height, row), axis=1)[:, :width].astype(np.int32)
     else:
         size = 2 if maxval > 255 else 1
         body = data[position + 1 :][: count * size]

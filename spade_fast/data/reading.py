@@ -84,7 +84,7 @@ def _tiff_kind(path: str | os.PathLike) -> str | None:
 def _one_picture(image: Image.Image, path: str | os.PathLike, what: str) -> None:
     """Smaller copies of the same picture, as some TIFFs have, do not count."""
     count = getattr(image, "n_frames", 1)
-    if count > 1 and image.format == "TIFF":
+    if count > 1 and isinstance(image, TiffImagePlugin.TiffImageFile):
         pages = range(1, count)
         count = 1
         for page in pages:
@@ -165,7 +165,7 @@ def _stored(image: Image.Image, path: str | os.PathLike, what: str) -> np.ndarra
                 "pixel (8-bit, 16-bit or palette PNG)"
             )
         return values.astype(np.int32)
-    tags = image.tag_v2 if image.format == "TIFF" else {}
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     bits = tags.get(_BITS, (1,))[0] if tags else 8
     if image.format == "PNG":
         bits = _png_bits(path)

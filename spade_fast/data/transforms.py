@@ -21,7 +21,7 @@ PREPROCESS_MODES = (
     "fixed",
     "none",
 )
-_MULTIPLE = 32  # mode "none" rounds each side to a multiple of this, so that the generator's halvings fit
+_MULTIPLE = 32  # mode "none" rounds each side to a multiple of this: a generator doubles its first features 5 times
 
 
 def default_load_size(preprocess: str, crop_size: int) -> int:
@@ -108,7 +108,7 @@ class Geometry:
         if mode == "fixed":
             return self.crop
         if mode == "none":
-            return tuple(max(_MULTIPLE, round(side / _MULTIPLE) * _MULTIPLE) for side in (width, height))
+            return _rounded(width), _rounded(height)
         if mode.startswith("scale_width"):
             return load, max(1, load * height // width)
         if mode.startswith("scale_shortside"):
@@ -121,7 +121,7 @@ class Geometry:
 
         Args:
             width, height: of the stored image, in pixels.
-            rng: draws crop and flip of a training sample.
+            rng: draws crop and flip of a training sample; None in validation, which draws nothing.
             name: the file, for the error.
 
         Raises:
@@ -138,12 +138,17 @@ class Geometry:
                     "size, or preprocess resize_and_crop"
                 )
             if self.train:
+                assert rng is not None
                 left, top = (int(rng.integers(0, side + 1)) for side in room)
             else:
                 left, top = room[0] // 2, room[1] // 2
             box = (left, top, left + self.crop[0], top + self.crop[1])
-        flip = bool(self.train and self.flip and rng.random() < 0.5)
+        flip = self.train and self.flip and rng is not None and bool(rng.random() < 0.5)
         return Placement(size, box, flip)
+
+
+def _rounded(side: int) -> int:
+    return max(_MULTIPLE, round(side / _MULTIPLE) * _MULTIPLE)
 
 
 def image_to_tensor(pixels: np.ndarray) -> torch.Tensor:

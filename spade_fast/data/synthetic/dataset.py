@@ -7,19 +7,14 @@ import numpy as np
 import torch
 
 from ..base import Inspection, SegmentationDataset
+from ..options import Defaults
 from ..reading import DataError
 from ..transforms import Geometry, image_to_tensor, instances_to_edges
 from .scenery import CLASS_NAMES, PALETTE, draw_scene
 
-DEFAULTS = {
-    "num_classes": len(CLASS_NAMES),
-    "use_edges": True,
-    "preprocess": "resize_and_crop",
-    "crop_size": 128,
-    "size": 2000,
-}
-_VAL_SIZE = 64
-_STREAM = {"train": 0, "val": 1}  # part of the seed, so the phases never share a scene
+_SIZES = {"train": 2000, "val": 64}
+DEFAULTS = Defaults(len(CLASS_NAMES), use_edges=True, crop_size=128, size=_SIZES["train"])
+_STREAM = {"train": 0, "val": 1}  # part of the seed: the phases never share a scene
 
 
 class SyntheticDataset(SegmentationDataset):
@@ -48,7 +43,7 @@ class SyntheticDataset(SegmentationDataset):
     ) -> None:
         super().__init__("synthetic", len(CLASS_NAMES), use_edges, PALETTE.copy(), list(CLASS_NAMES), geometry, seed)
         if size is None:
-            size = DEFAULTS["size"] if phase == "train" else _VAL_SIZE
+            size = _SIZES[phase]
         if size < 1:
             raise DataError(f"dataset synthetic: size must be at least 1, got {size}")
         self.phase = phase
