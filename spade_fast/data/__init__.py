@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from .base import FileDataset, SegmentationDataset
-from .opening import default_options, make_dataset, open_dataset
-from .options import DATASETS, PHASES, DataOptions
+from .opening import default_options, make_dataset
 from .reading import IGNORE, DataError
+from .spec import DATASETS, PHASES
 from .synthetic.dataset import SyntheticDataset
 from .transforms import PREPROCESS_MODES, Geometry, default_load_size, instances_to_edges
 
@@ -16,7 +16,6 @@ __all__ = [
     "PHASES",
     "PREPROCESS_MODES",
     "DataError",
-    "DataOptions",
     "FileDataset",
     "Geometry",
     "SegmentationDataset",
@@ -25,5 +24,4 @@ __all__ = [
     "default_options",
     "instances_to_edges",
     "make_dataset",
-    "open_dataset",
 ]

@@ -15,10 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .options import DataOptions, Defaults
 from .palettes import distinct_colors
 from .reading import DataError
-from .spec import Spec
+from .spec import Defaults, Request, Spec
 
 NUM_CLASSES = 151
 DEFAULTS = Defaults(NUM_CLASSES, use_edges=False)
@@ -65,13 +64,13 @@ def stored_values(shift_labels: bool) -> dict[int, int]:
     return {value: value for value in range(151)}
 
 
-def keep_outdoor(options: DataOptions) -> Callable[[str], bool]:
+def keep_outdoor(request: Request) -> Callable[[str], bool]:
     """Whether a sample of a name is of the outdoor subset.
 
     Raises:
         DataError: dataroot is not given, or its sceneCategories.txt is missing or malformed.
     """
-    root = options.folder("dataroot")
+    root = request.folder("dataroot")
     if root is None:
         raise DataError("dataset ade20k-outdoor: needs --dataroot, for sceneCategories.txt, or --file-list")
     names = _outdoor_names(root)
@@ -98,16 +97,16 @@ def _outdoor_names(root: Path) -> set[str]:
     return names
 
 
-def spec(options: DataOptions, phase: str) -> Spec:
+def spec(request: Request, phase: str) -> Spec:
     """Files of "ade20k". The samples of "ade20k-outdoor" are chosen among them by `keep_outdoor`."""
-    root = options.folder("dataroot") or Path()
+    root = request.folder("dataroot") or Path()
     return Spec(
-        name=options.dataset,
+        name=request.dataset,
         num_classes=NUM_CLASSES,
         palette=distinct_colors(NUM_CLASSES),
         class_names=None,
-        classes=stored_values(options.shift_labels),
-        image_dir=options.folder("image_dir") or root / "images" / _FOLDERS[phase],
-        label_dir=options.folder("label_dir") or root / "annotations" / _FOLDERS[phase],
-        instance_dir=options.folder("instance_dir"),
+        classes=stored_values(request.shift_labels),
+        image_dir=request.folder("image_dir") or root / "images" / _FOLDERS[phase],
+        label_dir=request.folder("label_dir") or root / "annotations" / _FOLDERS[phase],
+        instance_dir=request.folder("instance_dir"),
     )

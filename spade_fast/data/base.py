@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from .classes import ClassTable
 from .matching import FileList, none_found
 from .reading import DataError, read_image, read_instances, read_labels, read_palette, size_hint
-from .spec import Sample, Spec, match
+from .samples import Sample, match
+from .spec import Spec
 from .transforms import Geometry, instances_to_edges
 
 _T = TypeVar("_T")

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .options import DataOptions, Defaults
 from .palettes import distinct_colors
-from .spec import Key, Spec
+from .spec import Defaults, Key, Request, Spec
 
 NUM_CLASSES = 35
 DEFAULTS = Defaults(NUM_CLASSES, use_edges=True, crop_size=512, preprocess="fixed", aspect_ratio=2.0)
@@ -51,18 +50,18 @@ def _without(ending: str) -> Key:
     return lambda stem: stem[: -len(ending)] if stem.endswith(ending) else None
 
 
-def spec(options: DataOptions, phase: str) -> Spec:
+def spec(request: Request, phase: str) -> Spec:
     """Files of "cityscapes"."""
-    root = options.folder("dataroot") or Path()
+    root = request.folder("dataroot") or Path()
     return Spec(
-        name=options.dataset,
+        name=request.dataset,
         num_classes=NUM_CLASSES,
         palette=palette(),
         class_names=list(CLASS_NAMES),
         classes={value: value for value in range(34)},
-        image_dir=options.folder("image_dir") or root / "leftImg8bit" / phase,
-        label_dir=options.folder("label_dir") or root / "gtFine" / phase,
-        instance_dir=options.folder("instance_dir") or root / "gtFine" / phase,
+        image_dir=request.folder("image_dir") or root / "leftImg8bit" / phase,
+        label_dir=request.folder("label_dir") or root / "gtFine" / phase,
+        instance_dir=request.folder("instance_dir") or root / "gtFine" / phase,
         image_key=_without("_leftImg8bit"),
         label_key=_without("_gtFine_labelIds"),
         instance_key=_without("_gtFine_instanceIds"),

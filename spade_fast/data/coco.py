@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .options import DataOptions, Defaults
 from .palettes import distinct_colors
-from .spec import Spec
+from .spec import Defaults, Request, Spec
 
 UNKNOWN = 182
 NUM_CLASSES = 183
@@ -48,21 +47,21 @@ def stored_values() -> dict[int, int]:
     return {**{value: value for value in range(UNKNOWN)}, 255: UNKNOWN}
 
 
-def spec(options: DataOptions, phase: str) -> Spec:
+def spec(request: Request, phase: str) -> Spec:
     """Files of "coco", or of "flickr": the same folders without instances.
 
     Flickr Landscapes has no labels of its own: the paper predicts them with a DeepLab trained on COCO-Stuff. Its
     photographs cannot be redistributed. The user makes both the images and the label maps.
     """
-    root = options.folder("dataroot") or Path()
-    instances = root / f"{phase}_inst" if options.dataset == "coco" else None
+    root = request.folder("dataroot") or Path()
+    instances = root / f"{phase}_inst" if request.dataset == "coco" else None
     return Spec(
-        name=options.dataset,
+        name=request.dataset,
         num_classes=NUM_CLASSES,
         palette=distinct_colors(NUM_CLASSES),
         class_names=list(CLASS_NAMES),
         classes=stored_values(),
-        image_dir=options.folder("image_dir") or root / f"{phase}_img",
-        label_dir=options.folder("label_dir") or root / f"{phase}_label",
-        instance_dir=options.folder("instance_dir") or instances,
+        image_dir=request.folder("image_dir") or root / f"{phase}_img",
+        label_dir=request.folder("label_dir") or root / f"{phase}_label",
+        instance_dir=request.folder("instance_dir") or instances,
     )

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening a dataset of any kind from its options."""
+"""Opening a dataset of any kind."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +12,11 @@ from typing import Any
 from . import ade20k, cityscapes, coco, folder
 from .base import FileDataset, SegmentationDataset
 from .matching import FileList
-from .options import DATASETS, PHASES, DataOptions, Defaults
 from .reading import DataError
-from .spec import Spec
+from .spec import DATASETS, PHASES, Defaults, Request, Spec
 from .synthetic.dataset import DEFAULTS as SYNTHETIC_DEFAULTS
 from .synthetic.dataset import SyntheticDataset
 from .transforms import Geometry, default_load_size
-
-_PATHS = ("dataroot", "image_dir", "label_dir", "instance_dir", "file_list")
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,8 @@ class _Kind:
     """
 
     defaults: Defaults
-    spec: Callable[[DataOptions, str], Spec] | None = None
-    keep: Callable[[DataOptions], Callable[[str], bool]] | None = None
+    spec: Callable[[Request, str], Spec] | None = None
+    keep: Callable[[Request], Callable[[str], bool]] | None = None
 
 
 _KINDS = {
@@ -69,23 +65,12 @@ def default_options(name: str) -> dict[str, Any]:
     return {**options, "flip": True, "load_size": default_load_size(options["preprocess"], options["crop_size"])}
 
 
-def make_dataset(
-    name: str,
-    phase: str = "train",
-    *,
-    size: int | None = None,
-    need_images: bool = True,
-    strict: bool = True,
-    **options: Any,
-) -> SegmentationDataset:
-    """Open a dataset. An option that is None or not given is the dataset's own default, see `default_options`.
+def make_dataset(name: str, phase: str = "train", **options: Any) -> SegmentationDataset:
+    """Open a dataset. An option that is None or not given takes the dataset's own default, see `default_options`.
 
     Args:
         name: one of DATASETS.
         phase: "train" (random crops and flips) or "val" (none).
-        size: number of synthetic samples.
-        need_images: False to use label maps alone; items then have no "image".
-        strict: False lists files without a partner in `dataset.faults` instead of raising.
         dataroot: the dataset's folder; the module of each dataset says what lies in it.
         image_dir, label_dir, instance_dir: folders to use instead of those below dataroot.
         num_classes: for "folder"; the other datasets have theirs.
@@ -102,51 +87,37 @@ def make_dataset(
         preprocess: one of PREPROCESS_MODES.
         flip: mirror half of the samples in phase "train".
         seed: of the augmentation, and of the synthetic scenes.
-
-    Raises:
-        DataError: an option is impossible, a folder is missing or empty, or files have no partner.
-        TypeError: an option is unknown.
-    """
-    for path in _PATHS:
-        if options.get(path) is not None:
-            options[path] = os.fspath(options[path])
-    chosen = DataOptions(dataset=name, synthetic_size=size, **options)
-    return open_dataset(chosen, phase, need_images=need_images, strict=strict)
-
-
-def open_dataset(
-    options: DataOptions, phase: str, *, need_images: bool = True, strict: bool = True
-) -> SegmentationDataset:
-    """Open the dataset that the options describe.
-
-    Args:
-        options: what to open; `make_dataset` explains each. synthetic_size counts in both phases.
-        phase: "train" (random crops and flips) or "val" (none).
+        size: number of synthetic samples.
         need_images: False to use label maps alone; items then have no "image".
         strict: False lists files without a partner in `dataset.faults` instead of raising.
 
     Raises:
         DataError: an option is impossible, a folder is missing or empty, or files have no partner.
+        TypeError: an option is unknown.
+
+    >>> make_dataset("synthetic", "val", crop_size=64)[0]["label"].shape
+    torch.Size([64, 64])
     """
-    kind = _kind(options.dataset)
+    request = Request(name, **options)
+    kind = _kind(name)
     if phase not in PHASES:
         raise DataError(f"phase {phase!r} is unknown; expected one of {', '.join(PHASES)}")
-    _check(options, kind.defaults)
-    geometry = _geometry(options, kind.defaults, phase)
-    use_edges = kind.defaults.use_edges if options.use_edges is None else options.use_edges
+    _check(request, kind.defaults)
+    geometry = _geometry(request, kind.defaults, phase)
+    use_edges = kind.defaults.use_edges if request.use_edges is None else request.use_edges
     if kind.spec is None:
         return SyntheticDataset(
             phase,
             geometry,
-            seed=options.seed,
-            size=options.synthetic_size,
+            seed=request.seed,
+            size=request.size,
             use_edges=use_edges,
-            need_images=need_images,
+            need_images=request.need_images,
         )
-    if options.dataset != "folder":
-        _require_folders(options, need_images, use_edges and kind.defaults.use_edges)
-    dataset = _open_files(options, kind, phase, geometry, need_images)
-    if strict:
+    if name != "folder":
+        _require_folders(request, use_edges and kind.defaults.use_edges)
+    dataset = _open_files(request, kind, phase, geometry)
+    if request.strict:
         dataset.require()
     return dataset
 
@@ -157,67 +128,67 @@ def _kind(name: str) -> _Kind:
     return _KINDS[name]
 
 
-def _check(options: DataOptions, defaults: Defaults) -> None:
+def _check(request: Request, defaults: Defaults) -> None:
     """Raises DataError for an option that is out of range or that the dataset does not take."""
-    if options.seed < 0:
-        raise DataError(f"seed must not be negative, got {options.seed}")
+    if request.seed < 0:
+        raise DataError(f"seed must not be negative, got {request.seed}")
     expected = defaults.num_classes
-    if expected is not None and options.num_classes not in (None, expected):
+    if expected is not None and request.num_classes not in (None, expected):
         raise DataError(
-            f"dataset {options.dataset} has {expected} classes, got num_classes {options.num_classes}; for classes of "
+            f"dataset {request.dataset} has {expected} classes, got num_classes {request.num_classes}; for classes of "
             "your own use dataset folder"
         )
-    if options.shift_labels and not options.dataset.startswith("ade20k"):
-        raise DataError(f"shift_labels is an option of ade20k, not of {options.dataset}")
+    if request.shift_labels and not request.dataset.startswith("ade20k"):
+        raise DataError(f"shift_labels is an option of ade20k, not of {request.dataset}")
 
 
-def _geometry(options: DataOptions, defaults: Defaults, phase: str) -> Geometry:
-    preprocess = options.preprocess or defaults.preprocess
-    crop_size = options.crop_size or defaults.crop_size
+def _geometry(request: Request, defaults: Defaults, phase: str) -> Geometry:
+    preprocess = request.preprocess or defaults.preprocess
+    crop_size = request.crop_size or defaults.crop_size
     return Geometry(
         preprocess,
         crop_size,
-        options.load_size or default_load_size(preprocess, crop_size),
-        options.aspect_ratio or defaults.aspect_ratio,
-        options.flip,
+        request.load_size or default_load_size(preprocess, crop_size),
+        request.aspect_ratio or defaults.aspect_ratio,
+        request.flip,
         phase == "train",
     )
 
 
-def _require_folders(options: DataOptions, need_images: bool, need_instances: bool) -> None:
+def _require_folders(request: Request, need_instances: bool) -> None:
     """Raises DataError when neither dataroot nor the option of its own gives a folder that is needed."""
-    if options.dataroot is not None:
+    if request.dataroot is not None:
         return
-    name = options.dataset
-    if options.label_dir is None:
+    name = request.dataset
+    if request.label_dir is None:
         raise DataError(f"dataset {name}: its folder is not given (--dataroot)")
-    if need_images and options.image_dir is None:
+    if request.need_images and request.image_dir is None:
         raise DataError(f"dataset {name}: a folder of label maps but none of images is given (--image-dir)")
-    if need_instances and options.instance_dir is None:
+    if need_instances and request.instance_dir is None:
         raise DataError(
             f"dataset {name}: a folder of label maps but none of instance maps is given (--instance-dir); to go "
             "without, turn edges off"
         )
 
 
-def _open_files(options: DataOptions, kind: _Kind, phase: str, geometry: Geometry, need_images: bool) -> FileDataset:
+def _open_files(request: Request, kind: _Kind, phase: str, geometry: Geometry) -> FileDataset:
     """A dataset made of files; its `faults` and `absent` are not looked at yet."""
     assert kind.spec is not None
-    file_list = None if options.file_list is None else FileList(options.file_list)
+    file_list = None if request.file_list is None else FileList(request.file_list)
     # Instance maps that are given are used, also where the kind of dataset has none.
-    given = options.use_edges is None and options.instance_dir is not None
-    use_edges = given or (kind.defaults.use_edges if options.use_edges is None else options.use_edges)
+    given = request.use_edges is None and request.instance_dir is not None
+    use_edges = given or (kind.defaults.use_edges if request.use_edges is None else request.use_edges)
 
     def open_phase(phase: str) -> FileDataset:
         assert kind.spec is not None
         return FileDataset(
-            kind.spec(options, phase),
+            kind.spec(request, phase),
             geometry,
-            seed=options.seed,
-            need_images=need_images,
-            ignore_value=options.ignore_value,
+            seed=request.seed,
+            need_images=request.need_images,
+            ignore_value=request.ignore_value,
             use_edges=use_edges,
-            keep=kind.keep(options) if kind.keep is not None and file_list is None else None,
+            keep=kind.keep(request) if kind.keep is not None and file_list is None else None,
             file_list=file_list,
         )
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from ..base import Inspection, SegmentationDataset
-from ..options import Defaults
 from ..reading import DataError
+from ..spec import Defaults
 from ..transforms import Geometry, image_to_tensor, instances_to_edges
 from .scenery import CLASS_NAMES, PALETTE, draw_scene
 
