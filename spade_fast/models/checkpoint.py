@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,29 @@ def safe_load(path: str | Path) -> object:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
+
+
+def training_checkpoint(nets: Mapping[str, torch.nn.Module], training: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of a training run, as `atomic_save` writes it.
+
+    Args:
+        nets: networks with constructor `options`: generator, discriminator, and perhaps encoder and ema.
+        training: what resuming needs besides the networks: options, position, optimizers, random states.
+    """
+    held = {name: {"options": net.options, "state_dict": net.state_dict()} for name, net in nets.items()}
+    return {"format": FORMAT, **held, "training": training}
+
+
+def load_training_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What `training_checkpoint` made.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or has no training state.
+    """
+    loaded = safe_load(path)
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("training"), dict):
+        raise CheckpointError(f"{path} holds no training state")
+    return loaded
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:

@@ -18,7 +18,13 @@ import numpy as np
 import torch
 
 from spade_fast.files import cause, writing
-from spade_fast.models.checkpoint import atomic_save, checkpoint_path, list_checkpoints, remove_leftovers, safe_load
+from spade_fast.models.checkpoint import (
+    atomic_save,
+    checkpoint_path,
+    list_checkpoints,
+    load_training_checkpoint,
+    remove_leftovers,
+)
 
 LOCK = ".lock"
 
@@ -129,10 +135,7 @@ class RunDirectory:
         found = self.checkpoints()
         for path in reversed(found):
             try:
-                state = safe_load(path)
-                if not isinstance(state, dict) or "training" not in state:
-                    raise ValueError("it holds no training state")
-                return state, path
+                return load_training_checkpoint(path), path
             except Exception as e:  # a truncated file fails in many ways: zip, pickle, end of file
                 warnings.warn(f"skipping {path}: {type(e).__name__}: {e}", stacklevel=2)
         if found:
