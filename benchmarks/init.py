@@ -22,7 +22,8 @@ from spade_fast.layers.spectral import SpectralConv2d
 from spade_fast.models import INITS, init_weights
 from spade_fast.train import config as cfg
 from spade_fast.train.ranks import Ranks
-from spade_fast.train.setup import build_networks, open_dataset
+from spade_fast.data.options import open_dataset
+from spade_fast.train.setup import build_networks
 from spade_fast.train.step import TrainingStep
 
 LAST = 10  # steps whose mean is the loss at the end
@@ -35,7 +36,7 @@ class Training:
     def __init__(self, init: str, seed: int, **options: Any) -> None:
         # No VGG weights are at hand, so that the preset `synthetic`'s weights of the losses apply to both datasets.
         given = {"lambda_vgg": 0.0, "lambda_l1": 10.0, "ema": 0.0, "amp": "fp32", "flip": False, "seed": seed}
-        self.config = cfg.resolve(cfg.merge({}, {**given, "init": init, **options}))
+        self.config = cfg.resolve_config(cfg.merge({}, {**given, "init": init, **options}))
         self.dataset = open_dataset(self.config, "train")
         torch.manual_seed(seed)
         self.nets = build_networks(self.config, self.dataset.label_nc)

@@ -61,7 +61,7 @@ def worker(rank: int, world: int, folder: str, options: argparse.Namespace, batc
 
 def system(options: argparse.Namespace, ranks: Ranks, batch: int):
     """(TrainingStep, labels and images of this process's part of the batch)."""
-    config = cfg.resolve(
+    config = cfg.resolve_config(
         cfg.merge(
             {},
             {
@@ -82,7 +82,7 @@ def system(options: argparse.Namespace, ranks: Ranks, batch: int):
         init_weights(net)
         net.to(ranks.device).train()
     step = TrainingStep(nets, config, VGG19Features().to(ranks.device), ranks)
-    first, last = ranks.part(batch)
+    first, last = ranks.share(batch)
     maps, _ = label_maps(options.crop)
     sizes = pattern_sizes(nets["generator"])
     labels = LabelMap.cat([maps[i % len(maps)][:].build(sizes, backward=True) for i in range(first, last)])

@@ -60,7 +60,7 @@ class System:
 
     def __init__(self, name: str, options: argparse.Namespace, batch: int) -> None:
         fused, amp, channels_last, compiled = SYSTEMS[name]
-        config = cfg.resolve(
+        config = cfg.resolve_config(
             cfg.merge(
                 {},
                 {

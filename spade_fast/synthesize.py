@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from spade_fast import data, models, pictures
-from spade_fast.cli import ConfigError, pick_device
+from spade_fast.cli import ConfigError, parse, pick_device
+from spade_fast.data.options import migrate
 from spade_fast.data.reading import read_image
 from spade_fast.data.transforms import image_to_tensor
 from spade_fast.files import WriteError, one_line, require_writable, run_command, writing
@@ -37,7 +38,6 @@ from spade_fast.models.checkpoint import (
 )
 from spade_fast.models.generator import UPSAMPLING_LAYERS
 from spade_fast.reference import NORMS
-from spade_fast.train.config import migrate, parse
 
 # What a checkpoint of this package knows of its data, and the command line may say otherwise.
 DATA_OPTIONS = ("dataset", "num_classes", "ignore_value", "shift_labels", "use_edges")

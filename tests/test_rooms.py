@@ -40,6 +40,8 @@ MODULES = modules()
 
 
 def room(module: str) -> str:
+    if module.endswith(".__main__"):  # a command: nothing imports it but another command
+        return "__main__"
     return module.split(".")[1] if "." in module else module
 
 

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 from spade_fast.files import load_tensors, writing
 from spade_fast.layers.spectral import EPS
 from spade_fast.models import ConvEncoder, SPADEGenerator
-from spade_fast.models.norms import SPECTRAL
+from spade_fast.models.norms import SPECTRAL, conv_norm
 
 FORMAT = "spade_fast.checkpoint/1"
 WEIGHTS = ("auto", "ema", "last")
@@ -96,6 +96,29 @@ def safe_load(path: str | Path) -> object:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
+
+
+def training_checkpoint(nets: Mapping[str, torch.nn.Module], training: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of a training run, as `atomic_save` writes it.
+
+    Args:
+        nets: networks with constructor `options`: generator, discriminator, and perhaps encoder and ema.
+        training: what resuming needs besides the networks: options, position, optimizers, random states.
+    """
+    held = {name: {"options": net.options, "state_dict": net.state_dict()} for name, net in nets.items()}
+    return {"format": FORMAT, **held, "training": training}
+
+
+def load_training_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What `training_checkpoint` made.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or has no training state.
+    """
+    loaded = safe_load(path)
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("training"), dict):
+        raise CheckpointError(f"{path} holds no training state")
+    return loaded
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -252,6 +275,7 @@ def load_generator(path: str | Path, weights: str = "auto", **overrides) -> SPAD
         if not isinstance(part, Mapping) or not part.keys() >= {"state_dict", "options"}:
             raise CheckpointError(f"{path} holds no generator with its options")
         state, options = part["state_dict"], {**part["options"], **overrides}
+        options["spectral_norm"] = _spectral_norm(state, r"\w+\.conv_[01s]", path)  # it may have been removed
     else:
         raise CheckpointError(f"{path} is neither a checkpoint of this package ({FORMAT}) nor a bare state dict")
     net = SPADEGenerator(**options)
@@ -271,7 +295,9 @@ def load_encoder(path: str | Path) -> ConvEncoder:
         state = _strip(loaded)
         options = _infer_encoder_options(state, path)
     elif isinstance(loaded, Mapping) and loaded.get("format") == FORMAT and loaded.get("encoder"):
-        state, options = loaded["encoder"]["state_dict"], loaded["encoder"]["options"]
+        state, options = loaded["encoder"]["state_dict"], dict(loaded["encoder"]["options"])
+        if not _spectral_norm(state, r"layer\d(?:\.0)?", path):  # it may have been removed
+            options["norm"] = conv_norm(options.get("norm", SPECTRAL + "instance"))[1]
     else:
         raise CheckpointError(f"{path} holds no encoder; train one with --use-vae")
     net = ConvEncoder(**options)

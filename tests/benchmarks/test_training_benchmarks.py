@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from benchmarks import gpu, init, scaling, train_step
 from spade_fast.models import count_parameters
-from spade_fast.train.config import merge, resolve
+from spade_fast.train.config import merge, resolve_config
 from spade_fast.train.setup import build_networks
 
 
@@ -69,7 +69,7 @@ def test_collectives_and_bytes_of_a_step(tmp_path):
     mp.spawn(scaling.worker, (2, str(tmp_path), options, 2), nprocs=2)
     counted = torch.load(Path(tmp_path) / "result-2-2")["collectives"]
     config = {"dataset": "coco", "dataroot": "-", "crop_size": 32, "ngf": 4, "ndf": 4}
-    nets = build_networks(resolve(merge({}, config)), scaling.LABEL_NC)
+    nets = build_networks(resolve_config(merge({}, config)), scaling.LABEL_NC)
     assert counted["gradients"]["bytes"] == 4 * sum(count_parameters(net) for net in nets.values())
     channels = []  # of each input of a norm
     for block, _ in nets["generator"].blocks():
