@@ -31,9 +31,9 @@ from spade_fast.models.checkpoint import (
     FORMAT,
     WEIGHTS,
     CheckpointError,
+    find_checkpoint,
     load_encoder,
     load_generator,
-    resolve,
     safe_load,
 )
 from spade_fast.models.generator import UPSAMPLING_LAYERS
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> Path:
 
 def recall(args: argparse.Namespace) -> None:
     """Fills what the command line leaves open with what the checkpoint was trained on."""
-    loaded: Any = safe_load(resolve(args.checkpoint))
+    loaded: Any = safe_load(find_checkpoint(args.checkpoint))
     ours = isinstance(loaded, Mapping) and loaded.get("format") == FORMAT  # anything else is load_generator's to refuse
     training = loaded.get("training") if ours else None
     known = migrate(training.get("config") or {}) if isinstance(training, Mapping) else {}
