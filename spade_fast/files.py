@@ -104,6 +104,20 @@ def _why_unreadable(path: str | os.PathLike, error: Exception) -> str:
     return "it is not a file of torch.save"
 
 
+def program(command: str) -> str:
+    """How a user starts a command of the package, the way this process was started.
+
+    Args:
+        command: a module of the package that is a command, with further words: "data check".
+    """
+    started = Path(sys.argv[0])
+    if started.name == "spade-fast":
+        return f"spade-fast {command}"
+    if started.name == "__main__.py" and started.parent.name == "spade_fast":
+        return f"python -m spade_fast {command}"
+    return f"python -m spade_fast.{command}"
+
+
 def run_command(main: Callable[[], int]) -> int:
     """Exit status of a command whose output may be closed early (`| head`), or may not know every character."""
     for stream in (sys.stdout, sys.stderr):

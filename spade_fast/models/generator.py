@@ -163,10 +163,10 @@ class SPADEGenerator(nn.Module):
         >>> SPADEGenerator(3, ngf=1, crop_size=64).image_size(120, 160)
         (64, 64)
         """
-        return self.output_size if self._refusal(height, width) else (height, width)
+        return self.output_size if self.size_refusal(height, width) else (height, width)
 
-    def _refusal(self, height: int, width: int) -> str:
-        """Why a label map of this size cannot give an image of its size; empty where it can."""
+    def size_refusal(self, height: int, width: int) -> str:
+        """Why a label map of height × width pixels cannot give an image of its size; empty where it can."""
         if self.z_dim is not None:
             return "the generator starts from z, which fixes the size"
         if height % self.scale or width % self.scale:
@@ -182,7 +182,7 @@ class SPADEGenerator(nn.Module):
             self._warned = True
             warnings.warn(
                 f"a label map of {height}×{width} pixels (height×width) gives an image of {size[0]}×{size[1]}: "
-                f"{self._refusal(height, width)}",
+                f"{self.size_refusal(height, width)}",
                 stacklevel=7,  # the caller of the generator, above the two frames of torch.nn.Module
             )
         return size[0] // self.scale, size[1] // self.scale
