@@ -17,12 +17,12 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from benchmarks.common import SAMPLES, stamp, write_json
+from spade_fast.data.options import open_dataset
 from spade_fast.labels.batch import batch_labels
 from spade_fast.layers.spectral import SpectralConv2d
 from spade_fast.models import INITS, init_weights
 from spade_fast.train import config as cfg
 from spade_fast.train.ranks import Ranks
-from spade_fast.data.options import open_dataset
 from spade_fast.train.setup import build_networks
 from spade_fast.train.step import TrainingStep
 

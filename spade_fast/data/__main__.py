@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m spade_fast.data check",
+        usage="python -m spade_fast.data check [--dataset NAME | --preset NAME] [options]",
         description="Reads every file of a dataset and lists every fault. Takes the options of training.",
         allow_abbrev=False,
     )

@@ -94,7 +94,7 @@ def open_dataset(options: DataOptions, phase: str, **changes: Any) -> Segmentati
 
 
 def _split(dataset: FileDataset, fraction: float, seed: int, phase: str) -> None:
-    """Leaves the samples of one phase. A sample's place depends on its file name and the seed alone."""
+    """Leaves the samples of one phase. Their order by (seed, file name) decides, not their order in the folder."""
     if len(dataset) < 2:
         raise DataError(f"--val-split {fraction:g}: a sample is held out and one is left, but there is only one")
 
@@ -103,8 +103,7 @@ def _split(dataset: FileDataset, fraction: float, seed: int, phase: str) -> None
         return int.from_bytes(hashlib.sha256(b"%d/%s" % (seed, name)).digest()[:8], "big") / 2**64
 
     places = [place(sample.label) for sample in dataset.samples]
-    count = sum(p < fraction for p in places)
-    count = min(max(count, 1), len(places) - 1)  # at least one sample is held out, and at least one is left
+    count = min(max(round(fraction * len(places)), 1), len(places) - 1)  # neither part is empty
     held = set(sorted(range(len(places)), key=places.__getitem__)[:count])
     dataset.samples = [s for i, s in enumerate(dataset.samples) if (i in held) == (phase == "val")]
     if phase == "val":

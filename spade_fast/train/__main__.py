@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of training."""
     p = argparse.ArgumentParser(
         prog="python -m spade_fast.train",
+        usage="python -m spade_fast.train [--dataset NAME | --preset NAME] [options]; see the examples at the end",
         description="Trains a SPADE generator. Ctrl-C saves; --resume continues.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -133,10 +133,13 @@ class Monitor:
                 self.sinks.append(TensorBoard(self.folder, options, self.first))
         if self.config.wandb is not None:
             self.sinks.append(WeightsAndBiases(self.config.wandb, self.folder, options))
-        limit = None if self.config.max_minutes is None else 60 * self.config.max_minutes
-        self.progress = Progress(self.first, self.total, limit)
-        self.started = self.since = time.monotonic()
         return self
+
+    def start(self) -> None:
+        """Starts the clock and the progress bar."""
+        limit = None if self.config.max_minutes is None else 60 * self.config.max_minutes
+        self.progress = None if self.quiet else Progress(self.first, self.total, limit)
+        self.started = self.since = time.monotonic()
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self.progress is not None:

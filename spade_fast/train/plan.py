@@ -8,10 +8,10 @@ import dataclasses
 import torch
 
 from spade_fast import models
-from spade_fast.cli import pick_device
+from spade_fast.cli import flag, pick_device
 from spade_fast.data.options import open_dataset
 from spade_fast.train.batch_size import fit_batch_size
-from spade_fast.train.config import ResolvedConfig
+from spade_fast.train.config import ResolvedConfig, merge, resolve_config
 from spade_fast.train.memory import estimate
 from spade_fast.train.schedule import lr_factor
 from spade_fast.train.setup import build_networks, check_size, generator_of, length, steps_per_epoch
@@ -26,6 +26,7 @@ def describe(config: ResolvedConfig) -> str:
     dataset = open_dataset(config, "train")
     device = pick_device(config.device)
     config, chosen = fit_batch_size(config, dataset, device)
+    usual = resolve_config(merge({}, {"dataset": config.dataset}))
     per_epoch = steps_per_epoch(config, dataset)
     steps, epochs = length(config, per_epoch)
     with torch.device("meta"):
@@ -51,7 +52,7 @@ def describe(config: ResolvedConfig) -> str:
         f"Adam           beta1 {config.beta1:g}, beta2 {config.beta2:g}",
         *_learning_rates(config, epochs),
         f"checkpoints    every {config.save_every} steps in {config.out}, the last {config.keep} kept",
-        *_options(config),
+        *_options(config, dataclasses.replace(usual, batch_size=config.batch_size) if chosen else usual),
     ]
     return "\n".join(lines)
 
@@ -84,8 +85,8 @@ def _memory(config: ResolvedConfig, label_nc: int) -> str:
     )
 
 
-def _options(config: ResolvedConfig) -> list[str]:
-    """A table of every option, by group."""
+def _options(config: ResolvedConfig, usual: ResolvedConfig) -> list[str]:
+    """A table of every option, by group. A star marks what differs from the dataset's usual options."""
     lines: list[str] = []
     groups: dict[str, list[dataclasses.Field]] = {}
     for field in dataclasses.fields(config):
@@ -95,6 +96,6 @@ def _options(config: ResolvedConfig) -> list[str]:
         for field in fields:
             value = getattr(config, field.name)
             shown = "-" if value is None else ("no", "yes")[value] if isinstance(value, bool) else value
-            # A star marks what is not the default.
-            lines.append(f"  {'*' if value != field.default else ' '} {field.name:24} {shown}")
-    return [*lines, "", "(*: not the default)"]
+            star = "*" if value != getattr(usual, field.name) else " "
+            lines.append(f"  {star} {flag(field.name):26} {shown}")
+    return [*lines, "", f"(*: differs from the default for {config.dataset})"]

@@ -198,6 +198,7 @@ class Trainer:
             before_step = stack.enter_context(self._profile(profile, monitor))
             for note in self.notes:
                 monitor.note(note)
+            monitor.start()
             deadline = time.monotonic() + 60 * (self.config.max_minutes or float("inf"))
             if self.sheets is not None:
                 self.sheets.start()
