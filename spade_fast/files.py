@@ -119,7 +119,14 @@ def program(command: str) -> str:
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Exit status of a command whose output may be closed early (`| head`), or may not know every character."""
+    """Runs a command whose output may be closed early (`| head`), may not know every character, or that Ctrl-C ends.
+
+    Args:
+        main: the command; returns its exit status.
+
+    Returns:
+        The exit status: that of the command, 141 for a closed output, 130 for Ctrl-C.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -130,5 +137,8 @@ def run_command(main: Callable[[], int]) -> int:
             sys.stdout.flush()
     except BrokenPipeError:
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())  # so that Python's last flush does not fail again
+        os.dup2(null, sys.stdout.fileno())  # Python flushes once more at its end: that must not fail again
         return 141  # 128 + SIGPIPE, as of a program that the signal ends
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        return 130  # 128 + SIGINT
