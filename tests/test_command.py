@@ -73,7 +73,7 @@ def test_a_command_gets_its_arguments_and_returns_its_status(tmp_path, capsys):
 
 
 def test_as_a_module_with_a_closed_output():
-    command = [sys.executable, "-m", "spade_fast", "synthesize", "--help"]
+    command = [sys.executable, "-m", "spade_fast", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         error = process.stderr.read()
