@@ -75,10 +75,8 @@ def _help() -> str:
 
 def info(argv: list[str]) -> int:
     """The command `info`, which takes no options. Returns the exit status."""
-    from spade_fast.info import report
-
     argparse.ArgumentParser(prog=program("info"), description=COMMANDS["info"][2].capitalize()).parse_args(argv)
-    print(report())
+    print(importlib.import_module("spade_fast.info").report())
     return 0
 
 

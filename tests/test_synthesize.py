@@ -296,7 +296,7 @@ def test_a_preset_names_released_weights_and_their_dataset(tmp_path, capsys):
     assert expected.std() > 5
     capsys.readouterr()
     assert main([*argv, "--preset", "coco", "--num-upsampling-layers", "more"]) == 1
-    assert "preset 'coco' is for num_upsampling_layers 'normal', got 'more'" in capsys.readouterr().err
+    assert "preset 'coco', which is for num_upsampling_layers 'normal'" in capsys.readouterr().err
     assert main([*argv, "--dataset", "coco"]) == 1
     assert "--preset coco" in capsys.readouterr().err
 

@@ -231,14 +231,14 @@ def load_generator(
         elif _is_ours(loaded):
             held = loaded.get("ema" if weights != "last" and "ema" in loaded else "generator")
             if not isinstance(held, Mapping) or not held.keys() >= {"state_dict", "options"}:
-                raise ValueError("it holds no generator with its options")
+                raise ValueError("holds no generator with its options")
             if preset is not None:
                 released.check_preset(preset, held["options"], overrides)
             state, options = held["state_dict"], {**held["options"], **overrides}
             # Spectral norm may have been removed since the options were written.
             options["spectral_norm"] = has_spectral_norm(state, GENERATOR_CONVOLUTIONS)
         else:
-            raise ValueError(f"it is neither a checkpoint of this package ({FORMAT}) nor a bare state dict")
+            raise ValueError(f"is neither a checkpoint of this package ({FORMAT}) nor a bare state dict")
     net = SPADEGenerator(**options)
     _load_strictly(net, state, path, options)
     return net.eval()
@@ -264,7 +264,7 @@ def load_encoder(path: str | Path) -> ConvEncoder:
             if not has_spectral_norm(state, ENCODER_CONVOLUTIONS):  # it may have been removed
                 options["norm"] = conv_norm(options.get("norm", SPECTRAL + "instance"))[1]
         else:
-            raise ValueError("it holds no encoder; train one with --use-vae")
+            raise ValueError("holds no encoder; train one with --use-vae")
     net = ConvEncoder(**options)
     _load_strictly(net, state, path, options)
     return net.eval()
@@ -280,7 +280,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path} {error}") from None
 
 
 def _load_strictly(net: torch.nn.Module, state: Mapping[str, Tensor], path: Path, options: dict[str, Any]) -> None:

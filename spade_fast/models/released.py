@@ -68,20 +68,23 @@ def check_preset(name: str, known: Mapping[str, Any], overrides: Mapping[str, An
         overrides: options that the caller gives.
 
     Raises:
-        ValueError: the name is unknown, or the preset contradicts the file or the caller. Names the option and both
-            values.
+        ValueError: the preset contradicts the file or the caller. The message, which follows the name of the file,
+            names the option and both values.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; expected one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
     if "label_nc" in known and known["label_nc"] not in preset.label_nc:
         wanted = " or ".join(map(str, preset.label_nc))
-        raise ValueError(f"preset {name!r} is for label_nc {wanted}, but the file has label_nc {known['label_nc']}")
+        raise ValueError(f"does not fit preset {name!r}: it is for label_nc {wanted}, the file has {known['label_nc']}")
     for option, value in preset.options().items():
         if option in known and known[option] != value:
-            raise ValueError(f"preset {name!r} is for {option} {value!r}, but the file has {known[option]!r}")
+            raise ValueError(
+                f"does not fit preset {name!r}: it is for {option} {value!r}, the file has {known[option]!r}"
+            )
         if overrides.get(option) not in (None, value):
-            raise ValueError(f"preset {name!r} is for {option} {value!r}, got {overrides[option]!r}: leave one out")
+            raise ValueError(
+                f"cannot have both preset {name!r}, which is for {option} {value!r}, and {option} "
+                f"{overrides[option]!r}: leave one out"
+            )
     return preset
 
 
@@ -132,7 +135,7 @@ def known_generator_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
         width = state[f"head_0.conv_0.weight{'_orig' if spectral_norm else ''}"].shape[0]
         fc = state["fc.weight"]
     except KeyError as error:
-        raise ValueError(f"it is not a SPADE generator's state dict: {error.args[0]} is missing") from None
+        raise ValueError(f"is not a SPADE generator's state dict: {error.args[0]} is missing") from None
     options: dict[str, Any] = dict(
         label_nc=shared.shape[1],
         ngf=width // 16,
@@ -175,7 +178,7 @@ def generator_options(state: Mapping[str, Tensor], preset: str | None, overrides
         fitting = [name for name, of in PRESETS.items() if known["label_nc"] in of.label_nc]
         hint = f"; if these are the authors' weights, preset={fitting[0]!r} (--preset {fitting[0]})" if fitting else ""
         raise ValueError(
-            f"it is a bare state dict, whose tensors do not tell {', '.join(missing)}: pass it as an argument{hint}"
+            f"is a bare state dict, whose tensors do not tell {', '.join(missing)}: pass it as an argument{hint}"
         )
     return options
 
@@ -193,7 +196,7 @@ def encoder_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
         ngf = state[f"layer1.0.{ending}" if normed else f"layer1.{ending}"].shape[0]
         z_dim = state["fc_mu.weight"].shape[0]
     except KeyError as error:
-        raise ValueError(f"it is not an encoder's state dict: {error.args[0]} is missing") from None
+        raise ValueError(f"is not an encoder's state dict: {error.args[0]} is missing") from None
     norm = "none" if not normed else "batch" if "layer1.1.running_mean" in state else "instance"
     return dict(ngf=ngf, z_dim=z_dim, norm=(SPECTRAL if spectral else "") + norm)
 
@@ -215,7 +218,7 @@ def has_spectral_norm(state: Mapping[str, Tensor], convolutions: str) -> bool:
             kinds.setdefault(found[2] is not None, name)
     if len(kinds) == 2:
         raise ValueError(
-            f"it mixes convolutions with spectral norm ({kinds[True]}) and without ({kinds[False]}): it must be in "
+            f"mixes convolutions with spectral norm ({kinds[True]}) and without ({kinds[False]}): it must be in "
             "all or in none"
         )
     return kinds.get(True) is not None
