@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label maps in the Netpbm formats (PBM, PGM), with the values as stored: Pillow stretches them to 0..255."""
+"""Label maps in the Netpbm formats PBM and PGM, with the values as stored. (Pillow stretches them to 0..255.)"""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ def is_gray(data: bytes) -> bool:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """The values of a PBM or PGM, int32 [H, W]: none is scaled, and PBM's 1 (black) is 1. 16 bits are big-endian.
+    """The values of a PBM or PGM. None is scaled. A PBM's 1 (black) is 1. Values of 16 bits are big-endian.
+
+    Args:
+        data: the whole file.
+
+    Returns:
+        int32 [H, W].
 
     Raises:
         ValueError: the header is wrong, or there are fewer pixels than it says.

@@ -15,13 +15,13 @@ _PAINTS = (rgb(176, 28, 40), rgb(196, 60, 36), rgb(150, 24, 60), rgb(188, 40, 88
 
 
 def road_center(course: dict, t: float | np.ndarray) -> float | np.ndarray:
-    """Middle of the road at t, 0 on the horizon to 1 at the bottom."""
+    """The x of the middle of the road at t, which runs from 0 on the horizon to 1 at the bottom."""
     straight = course["vanish"] + (course["bottom"] - course["vanish"]) * t
     return straight + course["bend"] * np.sin(np.pi * t)
 
 
 def place_things(canvas: Canvas, land: str, horizon: float, road: dict | None, light_left: bool) -> None:
-    """Stand things on the land: what is farther (higher in the image) is smaller and drawn first."""
+    """Puts things on the land. Far things stand higher in the image, are smaller and are drawn first."""
     rng = canvas.rng
     plan: list[tuple[float, Callable, float]] = []  # (y of the foot, painter, x)
 
