@@ -63,27 +63,26 @@ def fit(dataset: data.SegmentationDataset, generator: models.SPADEGenerator, arg
 
 
 class Resized:
-    """The label maps whose images have another size than they, though the command line asks for no resize."""
+    """Counts the label maps whose images have another size, though the command line asks for no resize."""
 
     def __init__(
         self, dataset: data.SegmentationDataset, generator: models.SPADEGenerator, args: argparse.Namespace
     ) -> None:
         self.dataset, self.generator, self.args = dataset, generator, args
         self.count = 0
-        self.first = self.why = ""
 
     def note(self, sample: dict[str, Any], size: tuple[int, int]) -> None:
-        """Counts a sample unless its image, of (height, width) size, has the size of its label map."""
+        """Counts a sample unless its image, of (height, width) size, has the size of its label map. Prints the first."""
         geometry, path = self.dataset.geometry, sample["path"]
         height, width = sample["label"].shape
         if isinstance(geometry, ImageSizes):
             height, width = geometry.stored.get(path, (height, width))
         if (height, width) == size:
             return
+        if self.count == 0:
+            sizes = f"{width}×{height} to {size[1]}×{size[0]} pixels (width×height)"
+            print(f"{path} is resized from {sizes}: {self._why(height, width)}", flush=True)
         self.count += 1
-        if not self.first:
-            self.first = f"{path} from {width}×{height} to {size[1]}×{size[0]} pixels (width×height)"
-            self.why = self._why(height, width)
 
     def _why(self, height: int, width: int) -> str:
         other = "--preprocess none keeps the size of the maps, each side rounded to a multiple of 32"
@@ -95,8 +94,3 @@ class Resized:
             return f"the paper tests {self.dataset.name} at one size; {other}"
         why = self.generator.size_refusal(height, width)
         return why if self.args.preprocess is not None else f"{why}; {other}"
-
-    def message(self) -> str:
-        """One line."""
-        maps = "1 label map was" if self.count == 1 else f"{self.count} label maps were"
-        return f"{maps} resized, {'' if self.count == 1 else 'the first '}{self.first}: {self.why}"

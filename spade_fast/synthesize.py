@@ -188,7 +188,7 @@ def synthesize(
     style: tuple[Tensor, Tensor] | None,
     device: torch.device,
 ) -> Path:
-    """Writes the images of every label map, and the contact sheet. Prints which maps were resized."""
+    """Writes the images of every label map, and the contact sheet. Prints how many maps were resized, and why."""
     rows: list[list[np.ndarray]] = []
     captions: list[str] = []
     taken: set[str] = {"contact_sheet"}
@@ -216,9 +216,8 @@ def synthesize(
     titles = ["synthesized"] if args.samples == 1 else [f"sample {k}" for k in range(args.samples)]
     sheet = args.out / "contact_sheet.png"
     pictures.save_png(pictures.sheet(rows, ["label map", *titles, "real"], captions), sheet)
-    if resized.count:
-        print(resized.message())
-    print(f"{len(dataset) * args.samples} images in {args.out}; contact sheet: {sheet}")
+    maps = f" ({resized.count} of {len(dataset)} label maps resized)" if resized.count else ""
+    print(f"{len(dataset) * args.samples} images in {args.out}{maps}; contact sheet: {sheet}")
     return sheet
 
 

@@ -236,7 +236,8 @@ def test_a_folders_images_have_the_size_of_their_maps_or_a_line_says_why_not(fil
     assert shapes(made) == {"a.png": (64, 96), "b.png": (32, 32), "c.png": (32, 32)}
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert re.match(r"1 label map was resized, .*b\.png from 40×60 to 32×32 pixels \(width×height\): ", lines[0])
+    assert re.match(r".*/b\.png is resized from 40×60 to 32×32 pixels \(width×height\): ", lines[0])
+    assert "(1 of 3 label maps resized)" in lines[1]
     assert "multiples of 32" in lines[0] and "--preprocess none" in lines[0]
     assert not [w for w in recwarn if "label map" in str(w.message)]
     generator = load_generator(files / "plain.pt")
@@ -249,21 +250,22 @@ def test_a_folders_images_have_the_size_of_their_maps_or_a_line_says_why_not(fil
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "options", "b", "why"),
+    ("checkpoint", "options", "b", "why", "count"),
     [
-        ("plain", ["--crop-size", "64"], (64, 64), "3 label maps .*: the command line gives the size"),
-        ("plain", ["--preprocess", "none"], (64, 32), None),
-        ("plain", ["--preprocess", "fixed"], (32, 32), None),
-        ("plain", ["--preprocess", "scale_width"], (32, 32), "2 label maps .*a.png from 32×21 .*no multiples of 32"),
-        ("vae", [], (32, 32), "2 label maps .*the first .*a.png .*starts from z"),
+        ("plain", ["--crop-size", "64"], (64, 64), "a.png is .* to 64×64 .*: the command line gives the size", 3),
+        ("plain", ["--preprocess", "none"], (64, 32), None, 0),
+        ("plain", ["--preprocess", "fixed"], (32, 32), None, 0),
+        ("plain", ["--preprocess", "scale_width"], (32, 32), "a.png is .*from 32×21 .*no multiples of 32", 2),
+        ("vae", [], (32, 32), "a.png is .* to 32×32.*starts from z", 2),
     ],
 )
-def test_options_that_set_the_size(files, sizes, tmp_path, capsys, checkpoint, options, b, why):
+def test_options_that_set_the_size(files, sizes, tmp_path, capsys, checkpoint, options, b, why, count):
     made = run(files, tmp_path / "out", checkpoint, "--label-dir", str(sizes), *options)
     assert shapes(made)["b.png"] == b
-    *lines, _ = capsys.readouterr().out.splitlines()
+    *lines, last = capsys.readouterr().out.splitlines()
     assert len(lines) == (why is not None)
     assert why is None or re.search(why, lines[0])
+    assert (f"({count} of 3 label maps resized)" in last) == (count > 0) == ("resized" in last)
 
 
 def test_a_dataset_of_the_paper_is_made_at_the_papers_size(tmp_path, capsys):

@@ -122,7 +122,7 @@ def test_a_list_may_be_of_both_phases(tmp_path):
             ("a_img", "b_img"),
             ("a_ids", "b_ids"),
             ".png",
-            "label maps have 'ds' at the end of their names, images have 'mg'",
+            "have 'ds' at the end of their names, images have 'mg'",
         ),
         (("img_1", "img_2"), ("seg_1", "seg_2"), ".png", "label maps have 'se' at the start of their names"),
         (("A1", "B1"), ("a1", "b1"), ".png", "differ in upper and lower case"),

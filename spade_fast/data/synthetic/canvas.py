@@ -133,10 +133,8 @@ class Canvas:
             window: rows and columns; None for the whole canvas.
             instance: id of the instance; None for a new one.
         """
-        labels = self.labels[window or (slice(None), slice(None))]
-        instance_ids, target = (
-            plane[window or (slice(None), slice(None))] for plane in (self.instance_ids, self.image)
-        )
+        place = window or (slice(None), slice(None))
+        labels, instance_ids, target = self.labels[place], self.instance_ids[place], self.image[place]
         mask = np.broadcast_to(mask, labels.shape)
         labels[mask] = _NUMBER[name]
         instance_ids[mask] = self.instance() if instance is None else instance

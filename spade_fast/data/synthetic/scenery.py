@@ -120,7 +120,7 @@ def _mountains(canvas: Canvas, horizon: float, haze: np.ndarray, sun_x: float) -
 
 
 def _sea(canvas: Canvas, horizon: float, zenith: np.ndarray, low: np.ndarray, sun_x: float) -> None:
-    """Water to the bottom of the image, with waves that shrink with distance and the sun's path. The shore covers it."""
+    """Water down to the bottom, with waves that shrink with distance and the path of the sun. The shore covers it."""
     far = np.clip(canvas.y - horizon, 0, None)
     color = mix(0.35 * low + 0.65 * rgb(58, 128, 172), rgb(18, 74, 122), smoothstep(0.0, 0.30, far))
     depth = 1.0 / (far + 0.025)
