@@ -72,7 +72,7 @@ class Resized:
         self.count = 0
 
     def note(self, sample: dict[str, Any], size: tuple[int, int]) -> None:
-        """Counts a sample unless its image, of (height, width) size, has the size of its label map. Prints the first."""
+        """Counts a sample whose image, of (height, width) size, is not as large as its label map. Prints the first."""
         geometry, path = self.dataset.geometry, sample["path"]
         height, width = sample["label"].shape
         if isinstance(geometry, ImageSizes):

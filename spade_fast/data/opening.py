@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from spade_fast.cli import suggest
+
 from . import ade20k, cityscapes, coco, folder
 from .base import FileDataset, SegmentationDataset
 from .matching import FileList
@@ -98,6 +100,10 @@ def make_dataset(name: str, phase: str = "train", **options: Any) -> Segmentatio
     >>> make_dataset("synthetic", "val", crop_size=64)[0]["label"].shape
     torch.Size([64, 64])
     """
+    known = [field.name for field in dataclasses.fields(Request)][1:]
+    for option in options:
+        if option not in known:
+            raise TypeError(f"make_dataset has no option {option!r}{suggest(option, known)}")
     request = Request(name, **options)
     kind = _kind(name)
     if phase not in PHASES:
