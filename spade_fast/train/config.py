@@ -82,7 +82,11 @@ class TrainConfig(DataOptions):
     epochs: int | None = _schedule(50, "passes over the dataset")
     steps: int | None = _schedule(None, "iterations, instead of epochs")
     max_minutes: float | None = _schedule(None, "save and stop after this many minutes of training in this process")
-    d_steps_per_g: int = _schedule(1, "discriminator updates for one update of the generator; each is an iteration")
+    d_steps_per_g: int = _schedule(
+        1,
+        "discriminator updates for one update of the generator; each is an iteration, and iterations are counted from "
+        "the start of the run, not anew in each epoch",
+    )
     decay_from: int | None = _schedule(
         None, "epoch from which the learning rates fall linearly to 0 (default: the learning rates are constant)"
     )

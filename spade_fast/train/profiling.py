@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -133,3 +134,29 @@ class StepProfile:
             self._end_trace()
         if self._timed is not None:
             self._timed.close()
+
+
+@contextlib.contextmanager
+def profiled(after: int | None, folder: Path, write: bool, note: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Profiles some of the steps inside, as `StepProfile` does.
+
+    Args:
+        after: the number of steps before; None profiles nothing.
+        folder: where the files go.
+        write: whether this process writes them.
+        note: takes the table.
+
+    Yields:
+        What to call before each step.
+    """
+    if after is None:
+        yield lambda: None
+        return
+    profiler, steps = StepProfile(after, folder, write), itertools.count()
+
+    def before_step() -> None:
+        if text := profiler.before_step(next(steps)):
+            note(text)
+
+    with contextlib.closing(profiler):
+        yield before_step

@@ -7,7 +7,6 @@ It runs on any number of processes, in mixed precision, and in micro-batches.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from spade_fast.train import losses
 from spade_fast.train.adam import Adam
 from spade_fast.train.config import ResolvedConfig
 from spade_fast.train.ema import EMA
+from spade_fast.train.micro_batches import MicroBatch, micro_batches
 from spade_fast.train.profiling import span
 from spade_fast.train.ranks import Ranks, no_sync
 from spade_fast.train.setup import check_batch, generator_of, share_statistics
@@ -36,23 +36,6 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
         bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if bf16 else None
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
-
-
-class MicroBatch:
-    """Samples start..stop-1 of this process's share of a batch.
-
-    Attributes:
-        labels, image: the samples.
-        weight: how many of the whole batch's samples these are, as a fraction.
-        first, last: whether this is the first or the last micro-batch of the share.
-    """
-
-    def __init__(self, labels: LabelMap, image: Tensor, start: int, stop: int, weight: float) -> None:
-        whole = (start, stop) == (0, image.shape[0])
-        self.labels = labels if whole else labels[start:stop]
-        self.image = image if whole else image[start:stop]
-        self.start, self.stop, self.weight = start, stop, weight
-        self.first, self.last = start == 0, stop == image.shape[0]
 
 
 class TrainingStep:
@@ -114,7 +97,8 @@ class TrainingStep:
     def __call__(self, labels: LabelMap, image: Tensor, step: int) -> dict[str, Tensor]:
         """Both updates of iteration `step`, counted from 0.
 
-        The generator is updated in one of d_steps_per_g iterations, first in iteration 0.
+        The generator is updated in one of d_steps_per_g iterations, first in iteration 0. Iterations are counted over
+        the whole run: neither the end of an epoch nor a resume changes the count.
 
         Returns:
             The weighted losses: detached scalars that are still on the device.
@@ -169,14 +153,6 @@ class TrainingStep:
             features = net(micro_batch.labels, torch.cat([fake, micro_batch.image.to(fake.dtype)]))
         halves = [[f.chunk(2) for f in scale] for scale in features]
         return [[f for f, _ in scale] for scale in halves], [[r for _, r in scale] for scale in halves]
-
-    def _micro_batches(self, labels: LabelMap, image: Tensor) -> list[MicroBatch]:
-        n, k = image.shape[0], self.config.accumulate
-        bounds = [n * i // k for i in range(k + 1)]
-        return [
-            MicroBatch(labels, image, start, stop, (stop - start) / self.config.batch_size)
-            for start, stop in itertools.pairwise(bounds)
-        ]
 
     @contextlib.contextmanager
     def _within(self, micro_batch: MicroBatch, *names: str) -> Iterator[None]:
@@ -261,7 +237,7 @@ class TrainingStep:
         self._free_gradients()
         self._fakes = []
         total: dict[str, Tensor] = {}
-        for micro_batch in self._micro_batches(labels, image):
+        for micro_batch in micro_batches(labels, image, self.config):
             with self._within(micro_batch, "generator", "encoder"):
                 with self.autocast(), span("generator"):
                     fake, kl = self.generate(micro_batch.labels, micro_batch.image, self._noise_of(0, micro_batch))
@@ -300,7 +276,7 @@ class TrainingStep:
         self._free_gradients()
         net = self._parallel.get("discriminator", self.discriminator)
         total: dict[str, Tensor] = {}
-        for i, micro_batch in enumerate(self._micro_batches(labels, image)):
+        for i, micro_batch in enumerate(micro_batches(labels, image, self.config)):
             with self._within(micro_batch, "discriminator"):
                 with self.autocast():
                     if self._fakes:

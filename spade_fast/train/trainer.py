@@ -16,29 +16,28 @@ import torch
 from torch import Tensor, nn
 
 from spade_fast import models
-from spade_fast.cli import ConfigError, flag
+from spade_fast.cli import flag
 from spade_fast.data.options import migrate, open_dataset
 from spade_fast.files import writing
 from spade_fast.labels.label_map import LabelMap
 from spade_fast.models.checkpoint import checkpoint_path, training_checkpoint
-from spade_fast.ops import _backend
 from spade_fast.train import setup
 from spade_fast.train.batch_size import fit_batch_size
 from spade_fast.train.batches import device_batches
 from spade_fast.train.config import BEFORE_INIT, RESUME_FIXED, ResolvedConfig
+from spade_fast.train.exchange import exchange
 from spade_fast.train.monitor import Monitor, import_wandb
-from spade_fast.train.profiling import StepProfile, span
+from spade_fast.train.opening import opening
+from spade_fast.train.profiling import profiled, span
 from spade_fast.train.ranks import Ranks
 from spade_fast.train.recalibration import Recalibration
 from spade_fast.train.run_directory import RunDirectory, RunDirectoryError, random_state, restore_random_state
 from spade_fast.train.samples import FixedSamples, SampleSheets
 from spade_fast.train.schedule import lr_factor
 from spade_fast.train.step import TrainingStep
-from spade_fast.train.stopping import STOPPING, StopSignals
+from spade_fast.train.stopping import StopSignals
 
 NON_FINITE_LIMIT = 20  # fp16 overflows for a few steps until its loss scale fits; more in a row have another cause
-SIGNALS = tuple(signal.name for signal in STOPPING)
-REASONS = (*SIGNALS, "time", "fault")
 
 Batch = tuple[LabelMap, Tensor]
 
@@ -113,12 +112,8 @@ class Trainer:
         self.lost = 0  # consecutive steps with a loss that is not finite
         self.saved_step: int | None = None
         self.last_checkpoint: Path | None = None
-        self.notes = [self._opening(), *([chosen] if chosen else [])]  # for the user, at the start of training
-        if config.sample_every and fixed is not None:
-            where = self.directory.samples
-            self.notes.append(f"pictures of {len(fixed.samples)} samples of {fixed.source}, in {where}")
-        if config.compile:
-            self.notes.append("compiling generator and discriminator: the first steps take minutes")
+        lines = opening(config, self.training, len(self.dataset), self.total_steps, chosen, fixed)
+        self.notes = lines  # for the user, at the start of training
         if resume:
             self._restore()
         self.ranks.same(self.step, "the step to start from")
@@ -128,21 +123,6 @@ class Trainer:
             return None
         with torch.random.fork_rng(devices=[]):  # the network draws weights before it gets the real ones
             return models.load_vgg19(config.vgg_weights).to(self.device)
-
-    def _opening(self) -> str:
-        """What runs on what, in one line."""
-        c, t = self.config, self.training
-        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
-        processes = f"{self.ranks.world} processes on " if self.ranks.world > 1 else ""
-        dtype = str(t.amp or torch.float32).removeprefix("torch.")
-        try:
-            backend = "" if c.spade == "reference" else f", backend {_backend.choose('modulation', self.device)}"
-        except RuntimeError as error:
-            raise ConfigError(str(error)) from None
-        return (
-            f"Training on {processes}{self.device}{name} in {dtype}{backend}: {len(self.dataset)} samples of "
-            f"{c.dataset}, {self.total_steps} steps of {c.batch_size} images, in {self.directory.path}"
-        )
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """Generator step, then discriminator step.
@@ -195,7 +175,8 @@ class Trainer:
             monitor = stack.enter_context(self._monitor())
             source = device_batches(self.dataset, self.config, self.generator, self.ranks, self.epoch, self.batch)
             stack.callback(source.close)
-            before_step = stack.enter_context(self._profile(profile, monitor))
+            traces = self.directory.path / "profile"
+            before_step = stack.enter_context(profiled(profile, traces, self.ranks.is_main, monitor.note))
             for note in self.notes:
                 monitor.note(note)
             monitor.start()
@@ -248,21 +229,6 @@ class Trainer:
         place = self.directory.path, self.directory.stats
         return Monitor(self.config, *place, self.step, self.total_steps, quiet=not self.ranks.is_main)
 
-    @contextlib.contextmanager
-    def _profile(self, after: int | None, monitor: Monitor) -> Iterator[Any]:
-        """Gives what is to be called before each step; it profiles some of them."""
-        if after is None:
-            yield lambda: None
-            return
-        profiler, begun = StepProfile(after, self.directory.path / "profile", self.ranks.is_main), self.step
-
-        def before_step() -> None:
-            if text := profiler.before_step(self.step - begun):
-                monitor.note(text)
-
-        with contextlib.closing(profiler):
-            yield before_step
-
     def _next(self, source: Iterator[Batch | Exception], ahead: int = 0) -> Batch | Exception | None:
         """The batch of the step after `ahead` more, or None when that is beyond the end."""
         if self.step + ahead >= self.total_steps:
@@ -276,22 +242,9 @@ class Trainer:
     def _exchange(
         self, terms: dict[str, Tensor], stop: StopSignals, late: bool, batch: Batch | Exception | None
     ) -> tuple[dict[str, float], str | None, bool]:
-        """What the processes tell each other after a step; the step's one wait for the GPU.
-
-        All processes get the same answer, so that they stop, and draw pictures, after the same step.
-
-        Returns:
-            The losses of the whole batch, why to stop (None: go on), and whether a picture is due.
-        """
-        received = stop.received.name if stop.received else None
+        """`spade_fast.train.exchange.exchange`, with what this process has to tell."""
         picture = self.sheets is not None and bool(terms) and self.sheets.due(self.step + 1)
-        flags = [*(received == name for name in SIGNALS), late, isinstance(batch, Exception), picture]
-        mine = torch.tensor(flags, dtype=torch.float32).to(self.device, non_blocking=True)
-        values = torch.cat([torch.stack([*terms.values()]).float(), mine]) if terms else mine
-        numbers: list[float] = self.ranks.sum(values).tolist()
-        *told, picture = (bool(number) for number in numbers[len(terms) :])
-        reason = next((reason for reason, yes in zip(REASONS, told, strict=True) if yes), None)
-        return dict(zip(terms, numbers[: len(terms)], strict=True)), reason, picture
+        return exchange(self.ranks, terms, stop.received, late, isinstance(batch, Exception), picture)
 
     def _count_step(self) -> None:
         self.step += 1
