@@ -41,7 +41,7 @@ class Part:
 
 
 PYTHON = (sys.executable, "-m")
-SMOKE = (*PYTHON, "benchmarks.smoke", "--device", "{device}")
+SMOKE = (*PYTHON, "benchmarks.tools.smoke", "--device", "{device}")
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
 PARTS = (
     Part("ceilings", (*PYTHON, "benchmarks.ceilings", "--device", "{device}", "--json", "{json}"), 60),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import ROOT, interleave, label_maps, stamp, with_torch_spectral_norm, write_json
-from benchmarks.plain import PlainTrainingStep
+from benchmarks.tools.plain import PlainTrainingStep
 from spade_fast import LabelMap
 from spade_fast.models import VGG19Features, init_weights
 from spade_fast.train import config as cfg

@@ -14,7 +14,7 @@ from spade_fast.reference import SPADE
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.smoke", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     device = parser.parse_args().device
     torch.manual_seed(0)
