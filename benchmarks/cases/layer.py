@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from benchmarks.cases.ops import HIDDEN, TAPS, channels_last, nbytes
 from benchmarks.common import TORCH, in_layout, on_backend, saved_bytes
+from benchmarks.macs import pattern_macs
 from benchmarks.tools.class_table import ClassLabels, replace_spade
 from spade_fast import FusedSPADE, LabelMap
-from spade_fast.layers.spade import DENSE_ABOVE
-from spade_fast.ops.pattern_params import choose_method
 from spade_fast.reference import SPADE
 
 # Channels and size of x of every SPADE layer of the COCO-Stuff generator.
@@ -150,17 +149,14 @@ class LayerCase:
         return 3 * x + labels + weights if part == "forward" else 8 * x + 2 * labels + 3 * weights
 
     def flops(self, part: str, name: str) -> int:
-        """Of the variant's convolutions, or of what replaces them; a multiply-add is two. Backward costs twice forward.
+        """Of the variant's convolutions, or of what replaces them; a multiply-add is two.
 
-        The gradient of the one-hot map is not needed.
+        Backward costs twice forward. In the first convolution it costs as much: the one-hot map needs no gradient.
         """
-        pixels, weight = len(self.labels) * self.size**2, TAPS * HIDDEN * 2 * self.channels
-        shared = TAPS * HIDDEN * self.labels.label_nc * pixels if "plain" in name else 0
-        rows = pixels
+        layer = (self.channels, self.size, self.size, HIDDEN)
         if "plain" not in name:
-            found = self.labels.patterns(self.size, self.size)
-            q, p = len(found.codes), len(found.taps)
-            if found.density <= DENSE_ABOVE:
-                rows = q if choose_method(q, p, TAPS, HIDDEN, self.channels) == "factored" else p
-        forward = shared + rows * weight
-        return 2 * (forward if part == "forward" else 2 * shared + 3 * rows * weight)
+            shared, modulation = 0, pattern_macs(self.labels, [layer], 3)["chosen"]
+        else:
+            weights = TAPS * HIDDEN * self.size**2 * len(self.labels)
+            shared, modulation = weights * self.labels.label_nc, weights * 2 * self.channels
+        return 2 * (shared + modulation if part == "forward" else 2 * shared + 3 * modulation)

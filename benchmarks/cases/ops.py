@@ -40,7 +40,7 @@ class Case:
     Attributes:
         op: the operator's name.
         call: runs it and returns the tensors to compare.
-        floor_bytes: bytes that must move. Each large input is read once, each output is written once, tables count once.
+        floor_bytes: bytes that must move. Each large input is read once, each output is written once, tables once.
         flops: floating-point operations of its matrix products, 0 without any. A multiply-add is two.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floor: gamma and beta are looked up by class, as in CLADE (Tan et al., 2021). It is another function than SPADE's."""
+"""The floor: gamma and beta are looked up by class, as in CLADE (Tan et al., 2021); another function than SPADE's."""
 
 from __future__ import annotations
 
