@@ -94,10 +94,9 @@ def read_maps(files: list[Path], crop: int) -> list[LabelMap]:
     """Label maps from PNG files, resized to crop×crop, without edges. Values of 182 and above become class 182."""
     maps = []
     for file in files:
-        ids = torch.from_numpy(
-            np.array(Image.open(file).resize((crop, crop), Image.Resampling.NEAREST)).astype(np.int64)
-        )
-        maps.append(LabelMap(ids.clamp(max=182)[None], 183, torch.zeros(1, crop, crop, dtype=torch.bool)))
+        values = np.array(Image.open(file).resize((crop, crop), Image.Resampling.NEAREST)).astype(np.int64)
+        labels = torch.from_numpy(values).clamp(max=182)
+        maps.append(LabelMap(labels[None], 183, torch.zeros(1, crop, crop, dtype=torch.bool)))
     return maps
 
 

@@ -32,7 +32,7 @@ class Generators:
         self.state = copy.deepcopy(self.nets[cases.PLAIN[0]].state_dict())
         self.calls = cases.forward(self.nets, self.labels)
         self.gradient = torch.randn(len(self.labels), 3, crop, crop, device=device)
-        macs = count_macs([self.labels], ngf, crop)
+        macs = count_macs([self.labels[i] for i in range(len(self.labels))], ngf, crop)  # means of an image
         self.macs = {"plain": macs["plain"]["total"], "fused": macs["total"]["chosen"]}
 
     @functools.cached_property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op once, forward and backward, on small odd shapes: what compute-sanitizer watches."""
+"""Every operator once, forward and backward, on small odd shapes: the program that compute-sanitizer watches."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     device = parser.parse_args().device
     torch.manual_seed(0)
-    ids = torch.randint(5, (2, 7, 9)).repeat_interleave(3, 1).repeat_interleave(2, 2)
-    labels = LabelMap(ids, 5, torch.rand(ids.shape) < 0.1).to(device)
+    classes = torch.randint(5, (2, 7, 9)).repeat_interleave(3, 1).repeat_interleave(2, 2)
+    labels = LabelMap(classes, 5, torch.rand(classes.shape) < 0.1).to(device)
     for channels, upsample, norm in ((33, 1, "syncbatch"), (8, 2, "instance")):
         fused = FusedSPADE(channels, 6, norm=norm).to(device)
         plain = SPADE(channels, 6, norm=norm).to(device)
