@@ -62,7 +62,7 @@ def worker(rank: int, world: int, folder: str, options: argparse.Namespace, batc
 
 
 def system(options: argparse.Namespace, ranks: Ranks, batch: int) -> tuple[TrainingStep, LabelMap, torch.Tensor]:
-    """The training step, and the labels and images of this process's share of the batch."""
+    """(TrainingStep, labels and images of this process's part of the batch)."""
     config = cfg.resolve(
         cfg.merge(
             {},
