@@ -14,7 +14,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -187,6 +187,17 @@ def check(name: str, actual: Tensor, expected: Tensor, bound: float) -> float:
     if error > bound:
         raise RuntimeError(f"{name}: relative error {error:.2e} is above {bound:.0e}; nothing is timed")
     return error
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """For comparisons on a GPU: inside, its convolutions do not round float32 to TF32, as they do by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _git(*arguments: str) -> str:

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from benchmarks.cases.generator import PLAIN, build, forward, serve, train
-from benchmarks.common import check, interleave, label_maps, saved_bytes, stamp, write_json
+from benchmarks.common import check, full_precision, interleave, label_maps, saved_bytes, stamp, write_json
 from spade_fast import LabelMap
 
 
@@ -38,9 +38,9 @@ def measure(options: argparse.Namespace) -> dict:
     serve(nets)
     calls = forward(nets, labels, amp)
     with torch.no_grad():
-        expected = calls[PLAIN[0]]()
-        bound = 2e-2 if options.amp else 1e-4
-        result["forward_error"] = check("generator forward", calls["fused"](), expected, bound)
+        with full_precision():
+            expected, actual = calls[PLAIN[0]](), calls["fused"]()
+        result["forward_error"] = check("generator forward", actual, expected, 2e-2 if options.amp else 1e-4)
         times = interleave(calls, device, options.seconds)
     result["forward"] = {"times": times, "ratios": ratios(times)}
     report("forward", result["forward"])

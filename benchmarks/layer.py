@@ -21,7 +21,17 @@ from statistics import mean
 import torch
 
 from benchmarks.cases.layer import NEW_MAP, PARTS, PLAIN, SIZES, LayerCase
-from benchmarks.common import SYNTHETIC, check, interleave, label_maps, noise_map, read_size, stamp, write_json
+from benchmarks.common import (
+    SYNTHETIC,
+    check,
+    full_precision,
+    interleave,
+    label_maps,
+    noise_map,
+    read_size,
+    stamp,
+    write_json,
+)
 from spade_fast import LabelMap
 
 
@@ -32,7 +42,8 @@ def measure(channels: int, size: int, maps: list[LabelMap], options: argparse.Na
     errors, densities, saved = [], [], []
     for labels in maps:
         case = LayerCase(channels, size, labels, options.device, amp, options.compile)
-        expected, actual = case.training(PLAIN[0]), case.training("fused")
+        with full_precision():
+            expected, actual = case.training(PLAIN[0]), case.training("fused")
         for name, a, e in zip(case.names(), actual, expected, strict=True):
             errors.append(check(f"{name} of {channels}@{size}", a, e, 2e-2 if options.amp else 1e-4))
         densities.append(case.labels.patterns(size, size).density)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.cases import generator as cases
 from benchmarks.cases.ops import nbytes
-from benchmarks.common import TORCH, check, read_size
+from benchmarks.common import TORCH, check, full_precision, read_size
 from benchmarks.conftest import SMALL, Measure, batch_of
 from benchmarks.macs import measure as count_macs
 
@@ -102,7 +102,9 @@ def generators(request: pytest.FixtureRequest) -> Generators:
 def test_generator(generators: Generators, part: str, variant: str, measure: Measure) -> None:
     generators.prepare(part, variant)
     run = partial(generators.forward if part == "forward" else generators.training, variant)
-    results = [run()] if part == "forward" else [run(), generators.gradients(generators.nets[variant])]
+    with full_precision():
+        image = run()
+    results = [image] if part == "forward" else [image, generators.gradients(generators.nets[variant])]
     errors = []
     # A value may round across LeakyReLU's kink, which changes the gradients of all weights before it.
     for name, got, want, bound in zip(

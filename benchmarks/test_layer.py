@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from benchmarks.cases.layer import NEW_MAP, PARTS, PLAIN, SIZES, LayerCase
-from benchmarks.common import TORCH, check
+from benchmarks.common import TORCH, check, full_precision
 from benchmarks.conftest import Measure, batch_of, chosen_sizes, size_id
 
 KINDS = ("maps", "noise")
@@ -45,7 +45,8 @@ def layer(request: pytest.FixtureRequest, device: str) -> CheckedLayer:
 def test_layer(layer: CheckedLayer, part: str, variant: str, measure: Measure) -> None:
     run = partial(layer.run, part, variant)
     # The forward alone gives the output alone. A hidden value may round across ReLU's kink, which changes gradients.
-    results = list(zip(layer.names(), run(), layer.expected, strict=part == "training"))
+    with full_precision():
+        results = list(zip(layer.names(), run(), layer.expected, strict=part == "training"))
     errors = [
         check(f"{variant}, {name}", got, want, 1e-5 if i == 0 else 1e-3) for i, (name, got, want) in enumerate(results)
     ]

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import ops
 from benchmarks.cases.layer import CLASS_TABLE, NEW_MAP, PLAIN, LayerCase
-from benchmarks.common import TORCH, check, relative_error
+from benchmarks.common import TORCH, check, full_precision, relative_error
 from spade_fast import LabelMap
 
 CHANNELS, SIZE, CLASSES = 6, 24, 4
@@ -108,3 +108,11 @@ def test_operations_of_the_fused_layer_are_those_of_its_patterns():
     counts = {len(found.taps) * of_row, len(found.codes) * of_row}
     assert layer().flops("forward", "fused") in counts
     assert layer().flops("training", "fused") == 3 * layer().flops("forward", "fused")
+
+
+def test_convolutions_of_a_gpu_are_not_rounded_where_results_are_compared(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with pytest.raises(ZeroDivisionError), full_precision():
+        assert not torch.backends.cudnn.allow_tf32
+        raise ZeroDivisionError
+    assert torch.backends.cudnn.allow_tf32
