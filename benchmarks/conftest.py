@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +47,10 @@ def chosen_sizes(config: pytest.Config, full: tuple[tuple[int, int], ...]) -> li
         raise pytest.UsageError(f"--sizes: {error}") from None
 
 
-def size_id(size: tuple[int, int]) -> str:
-    return f"{size[0]}@{size[1]}"
+def readable(value: tuple[int, int] | str) -> str:
+    """The id of a parameter, in letters that an expression of -k may have."""
+    text = value if isinstance(value, str) else "-".join(map(str, value))
+    return re.sub(r"[^\w-]+", "-", text)
 
 
 def batch_of(config: pytest.Config, kind: str, size: int = 256) -> LabelMap:

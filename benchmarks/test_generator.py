@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.cases import generator as cases
 from benchmarks.cases.ops import nbytes
 from benchmarks.common import TORCH, check, full_precision, read_size
-from benchmarks.conftest import SMALL, Measure, batch_of
+from benchmarks.conftest import SMALL, Measure, batch_of, readable
 from benchmarks.macs import measure as count_macs
 
 PARTS = ("forward", "training")
@@ -89,9 +89,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         size = read_size(network)
     except argparse.ArgumentTypeError as error:
         raise pytest.UsageError(f"--network: {error}") from None
-    metafunc.parametrize("generators", [size], indirect=True, ids=[network])
+    metafunc.parametrize("generators", [size], indirect=True, ids=readable)
     metafunc.parametrize("part", PARTS)
-    metafunc.parametrize("variant", (*cases.PLAIN, "fused", cases.AS_BUILT, TORCH))
+    metafunc.parametrize("variant", (*cases.PLAIN, "fused", cases.AS_BUILT, TORCH), ids=readable)
 
 
 @pytest.fixture(scope="module")

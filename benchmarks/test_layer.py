@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.cases.layer import NEW_MAP, PARTS, PLAIN, SIZES, LayerCase
 from benchmarks.common import TORCH, check, full_precision
-from benchmarks.conftest import Measure, batch_of, chosen_sizes, size_id
+from benchmarks.conftest import Measure, batch_of, chosen_sizes, readable
 
 KINDS = ("maps", "noise")
 
@@ -29,9 +29,9 @@ class CheckedLayer(LayerCase):
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     sizes = chosen_sizes(metafunc.config, SIZES)
     cases = [(kind, size) for size in sizes for kind in KINDS]
-    metafunc.parametrize("layer", cases, indirect=True, ids=[f"{size_id(size)}-{kind}" for kind, size in cases])
+    metafunc.parametrize("layer", cases, indirect=True, ids=[f"{readable(size)}-{kind}" for kind, size in cases])
     metafunc.parametrize("part", PARTS)
-    metafunc.parametrize("variant", (*PLAIN, "fused", NEW_MAP, TORCH))
+    metafunc.parametrize("variant", (*PLAIN, "fused", NEW_MAP, TORCH), ids=readable)
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from benchmarks.cases.ops import CASES, SIZES, Operands, check_case, expected_of
-from benchmarks.conftest import Measure, batch_of, chosen_sizes, size_id
+from benchmarks.conftest import Measure, batch_of, chosen_sizes, readable
 from spade_fast.ops import _backend as backend
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
-    metafunc.parametrize("operands", chosen_sizes(config, SIZES), indirect=True, ids=size_id)
-    metafunc.parametrize("op", CASES)
+    metafunc.parametrize("operands", chosen_sizes(config, SIZES), indirect=True, ids=readable)
+    metafunc.parametrize("op", CASES, ids=readable)
     metafunc.parametrize("on", backend.available(config.getoption("--device")))
 
 
