@@ -41,10 +41,20 @@ def chosen_sizes(config: pytest.Config, full: tuple[tuple[int, int], ...]) -> li
     """
     if config.getoption("--full"):
         return list(full)
+    return [_read_size("--sizes", size) for size in (config.getoption("--sizes") or SMALL["sizes"]).split(",")]
+
+
+def chosen_network(config: pytest.Config) -> tuple[int, int]:
+    """(ngf, crop) of the generator; errors as in `chosen_sizes`."""
+    default = "64@256" if config.getoption("--full") else SMALL["network"]
+    return _read_size("--network", config.getoption("--network") or default)
+
+
+def _read_size(option: str, text: str) -> tuple[int, int]:
     try:
-        return [read_size(size) for size in (config.getoption("--sizes") or SMALL["sizes"]).split(",")]
+        return read_size(text)
     except argparse.ArgumentTypeError as error:
-        raise pytest.UsageError(f"--sizes: {error}") from None
+        raise pytest.UsageError(f"{option}: {error}") from None
 
 
 def readable(value: tuple[int, int] | str) -> str:
@@ -64,6 +74,15 @@ def batch_of(config: pytest.Config, kind: str, size: int = 256) -> LabelMap:
 @functools.cache
 def source() -> str:
     return label_maps(32, 1)[1]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A wrong option or a missing sample ends the run here, with one line."""
+    chosen_sizes(session.config, ()), chosen_network(session.config)
+    try:
+        source()
+    except SystemExit as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_report_header() -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +108,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < LAST:
         parser.error(f"--steps must be at least {LAST}, got {args.steps}")
+    if not Path(args.dataroot).is_dir():
+        parser.error(f"--dataroot must be a folder in the layout of COCO-Stuff, got {args.dataroot}")
     torch.set_num_threads(1)
     size = {"crop_size": args.crop, "load_size": args.crop}
     coco = {"dataset": "coco", "dataroot": args.dataroot}

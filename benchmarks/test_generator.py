@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 from functools import partial
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.cases import generator as cases
 from benchmarks.cases.ops import nbytes
-from benchmarks.common import TORCH, check, full_precision, read_size
-from benchmarks.conftest import SMALL, Measure, batch_of, readable
+from benchmarks.common import TORCH, check, full_precision
+from benchmarks.conftest import Measure, batch_of, chosen_network, readable
 from benchmarks.macs import measure as count_macs
 
 PARTS = ("forward", "training")
@@ -83,13 +82,7 @@ class Generators:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    config = metafunc.config
-    network = config.getoption("--network") or ("64@256" if config.getoption("--full") else SMALL["network"])
-    try:
-        size = read_size(network)
-    except argparse.ArgumentTypeError as error:
-        raise pytest.UsageError(f"--network: {error}") from None
-    metafunc.parametrize("generators", [size], indirect=True, ids=readable)
+    metafunc.parametrize("generators", [chosen_network(metafunc.config)], indirect=True, ids=readable)
     metafunc.parametrize("part", PARTS)
     metafunc.parametrize("variant", (*cases.PLAIN, "fused", cases.AS_BUILT, TORCH), ids=readable)
 

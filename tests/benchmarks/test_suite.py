@@ -68,3 +68,13 @@ def test_full_means_the_sizes_of_the_generator():
     assert chosen_sizes(config, layer.SIZES) == list(layer.SIZES)
     config = SimpleNamespace(getoption={"--sizes": "8@16,4@8"}.get)
     assert chosen_sizes(config, layer.SIZES) == [(8, 16), (4, 8)]
+
+
+def test_a_sample_that_is_not_there_is_one_error_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPADE_FAST_SAMPLES", str(tmp_path / "nothing"))
+    done = run_suite("--collect-only")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert (
+        done.stderr
+        == f"ERROR: SPADE_FAST_SAMPLES must name the folder of the COCO-Stuff sample, got {tmp_path}/nothing\n\n"
+    )
