@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op once, forward and backward, on small odd shapes: what compute-sanitizer watches."""
+"""Every operator once, forward and backward, on small odd shapes: the program that compute-sanitizer watches."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import argparse
 
 import torch
 
-from benchmarks.common import check
+from benchmarks.common import check, full_precision
 from spade_fast import FusedSPADE, LabelMap
 from spade_fast.models import MultiscaleDiscriminator
 from spade_fast.reference import SPADE
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device = parser.parse_args().device
+def compare(device: str) -> None:
+    """Raises RuntimeError where a result differs from the plain layers'."""
     torch.manual_seed(0)
-    ids = torch.randint(5, (2, 7, 9)).repeat_interleave(3, 1).repeat_interleave(2, 2)
-    labels = LabelMap(ids, 5, torch.rand(ids.shape) < 0.1).to(device)
+    classes = torch.randint(5, (2, 7, 9)).repeat_interleave(3, 1).repeat_interleave(2, 2)
+    labels = LabelMap(classes, 5, torch.rand(classes.shape) < 0.1).to(device)
     for channels, upsample, norm in ((33, 1, "syncbatch"), (8, 2, "instance")):
         fused = FusedSPADE(channels, 6, norm=norm).to(device)
         plain = SPADE(channels, 6, norm=norm).to(device)
@@ -42,7 +40,15 @@ def main() -> None:
     image = torch.randn(4, 3, *labels.size, device=device)
     for scale, (actual, expected) in enumerate(zip(net(labels, image), net(labels.one_hot(), image), strict=True)):
         check(f"discriminator scale {scale}", actual[0], expected[0], 1e-4)
-    print(f"every op agrees with the plain layers on {device}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.smoke", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = parser.parse_args().device
+    with full_precision():
+        compare(device)
+    print(f"every operator agrees with the plain layers on {device}")
 
 
 if __name__ == "__main__":
