@@ -4,7 +4,7 @@
 // Every thread keeps Welford's running mean and M2 of the elements it meets; threads, then blocks, are merged by
 // M2 = Σ m2_i + Σ n_i (mean_i - mean)² (Chan et al. 1979), the mean summed as offsets from the first part's. Fixed
 // order: deterministic, and accurate whatever the ratio of mean to deviation.
-#include "cuda_common.cuh"
+#include "common.cuh"
 
 namespace spade_fast {
 namespace {

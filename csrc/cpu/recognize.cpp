@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "cpu.h"
+#include "common.h"
 
 namespace spade_fast::cpu {
 namespace {

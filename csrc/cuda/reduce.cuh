@@ -2,7 +2,7 @@
 // Sums over rows in a fixed order: of a block's threads, then of the blocks.
 #pragma once
 
-#include "cuda_common.cuh"
+#include "common.cuh"
 
 namespace spade_fast {
 namespace {  // kernels of its own for every file

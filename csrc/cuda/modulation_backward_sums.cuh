@@ -4,7 +4,7 @@
 
 #include "modulation.cuh"
 #include "reduce.cuh"
-#include "segments.cuh"
+#include "segment_sums.cuh"
 
 namespace spade_fast {
 namespace {

@@ -3,7 +3,7 @@
 #include <initializer_list>
 
 #include "reduce.cuh"
-#include "segments.cuh"
+#include "segment_sums.cuh"
 
 namespace spade_fast {
 namespace {

@@ -8,7 +8,7 @@
 
 #include <numeric>
 
-#include "cpu_modulation_rows.h"
+#include "modulation_backward_rows.h"
 
 namespace spade_fast::cpu {
 namespace {

@@ -2,7 +2,7 @@
 // What modulation and its backward share: arguments as kernels take them, and the geometry of enlarged pixels.
 #pragma once
 
-#include "cuda_common.cuh"
+#include "common.cuh"
 
 namespace spade_fast {
 

@@ -8,7 +8,7 @@
 // one piece covers everything: a segment of a million positions takes four levels of short loops. No atomics.
 #pragma once
 
-#include "cuda_common.cuh"
+#include "common.cuh"
 
 namespace spade_fast {
 namespace {  // kernels of its own for every file

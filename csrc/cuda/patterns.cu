@@ -5,7 +5,7 @@
 // hash leads there: a collision only costs a further probe, whatever the hash. Equal patches lower the slot's pixel to
 // the least of them, so in the end it is where the patch first appears, however the threads were scheduled; counting
 // those pixels up to each gives the numbers. One memset and three kernels; then one kernel writes the results.
-#include "cuda_common.cuh"
+#include "common.cuh"
 #include "sort.cuh"
 
 namespace spade_fast {

@@ -6,7 +6,7 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include "cpu_sums.h"
+#include "segment_sums.h"
 
 namespace spade_fast::cpu {
 namespace {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu.h"
+#include "common.h"
 
 #include <ATen/ops/empty.h>
 #if defined(__linux__)

@@ -9,7 +9,7 @@
 // s1 and s2 are the sums over pixels of dxhat and dxhat·xhat, which the statistics' own dependence on x needs.
 #include <initializer_list>
 
-#include "modulation_sums.cuh"
+#include "modulation_backward_sums.cuh"
 
 namespace spade_fast {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <ATen/ops/empty.h>
 
-#include "cpu_sums.h"
+#include "segment_sums.h"
 
 namespace spade_fast::cpu {
 namespace {

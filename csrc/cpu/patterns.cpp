@@ -3,7 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu.h"
+#include "common.h"
 
 namespace spade_fast::cpu {
 namespace {

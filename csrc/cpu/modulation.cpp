@@ -2,7 +2,7 @@
 // modulation: normalize, scale and shift by pattern or by pixel, LeakyReLU and nearest ×r, reading x once.
 #include <torch/library.h>
 
-#include "cpu_modulation.h"
+#include "modulation.h"
 
 namespace spade_fast::cpu {
 namespace {

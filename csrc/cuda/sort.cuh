@@ -2,7 +2,7 @@
 // Stable sort of (uint32 key, int32 value) pairs: CUB's radix sort, or std::stable_sort where the kernels run on a CPU.
 #pragma once
 
-#include "cuda_common.cuh"
+#include "common.cuh"
 
 #ifndef SPADE_FAST_ON_CPU
 #include <cub/device/device_radix_sort.cuh>

@@ -5,7 +5,7 @@
 
 #include <limits>
 
-#include "cpu_rows.h"
+#include "table_rows.h"
 
 namespace spade_fast::cpu {
 namespace {

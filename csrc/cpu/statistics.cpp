@@ -9,7 +9,7 @@
 
 #include <numeric>
 
-#include "cpu.h"
+#include "common.h"
 
 namespace spade_fast::cpu {
 namespace {

@@ -2,7 +2,7 @@
 // Sums of rows by number, and by segment.
 #pragma once
 
-#include "cpu.h"
+#include "common.h"
 
 namespace spade_fast::cpu {
 namespace {

@@ -4,7 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "cpu_rows.h"
+#include "table_rows.h"
 
 namespace spade_fast::cpu {
 namespace {

@@ -7,7 +7,7 @@
 
 #include <optional>
 
-#include "cpu.h"
+#include "common.h"
 
 namespace spade_fast::cpu {
 

@@ -2,7 +2,7 @@
 // The arithmetic of modulation_backward: loops over the channels of pixels and patterns.
 #pragma once
 
-#include "cpu_modulation.h"
+#include "modulation.h"
 
 namespace spade_fast::cpu {
 namespace {
