@@ -3,8 +3,8 @@
 // csrc/cuda_bindings.cpp the CUDA ones.
 #include <torch/library.h>
 
-#define SPADE_FAST_MODULATION                                                                                   \
-  "Tensor x, Tensor? mean, Tensor? rstd, Tensor[] params, Tensor? ids, Tensor? order, Tensor? offsets, "        \
+#define SPADE_FAST_MODULATION                                                                            \
+  "Tensor x, Tensor? mean, Tensor? rstd, Tensor[] params, Tensor? ids, Tensor? order, Tensor? offsets, " \
   "float[] slopes, int upsample, bool stats) -> Tensor[]"
 
 TORCH_LIBRARY(spade_fast_native, m) {

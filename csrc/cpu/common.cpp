@@ -33,8 +33,8 @@ SPADE_FAST_CLONES void scatter_rows(T* target, int64_t pixel, const A* source, i
 // to[column * to_stride + row] = from[row * from_stride + column], in blocks through a buffer that stays in registers
 // or the first-level cache.
 template <typename T, typename A>
-SPADE_FAST_CLONES void transpose(
-    const T* from, int64_t from_stride, A* to, int64_t to_stride, int64_t rows, int64_t columns) {
+SPADE_FAST_CLONES void transpose(const T* from, int64_t from_stride, A* to, int64_t to_stride, int64_t rows,
+                                 int64_t columns) {
   A block[kSide][kSide];
   for (int64_t r = 0; r < rows; r += kSide) {
     const int64_t height = std::min(kSide, rows - r);
@@ -49,8 +49,7 @@ SPADE_FAST_CLONES void transpose(
           for (int64_t i = 0; i < kSide; ++i) target[j * to_stride + i] = block[i][j];
       } else {
         for (int64_t j = 0; j < width; ++j)
-          for (int64_t i = 0; i < height; ++i)
-            target[j * to_stride + i] = static_cast<A>(source[i * from_stride + j]);
+          for (int64_t i = 0; i < height; ++i) target[j * to_stride + i] = static_cast<A>(source[i * from_stride + j]);
       }
     }
   }
@@ -153,21 +152,22 @@ void sort_positions(const int32_t* numbers, int64_t count, int64_t num, int32_t*
     }
   });
   const auto by_number = [numbers](int32_t a, int32_t b) { return numbers[a] < numbers[b]; };
-  for (auto [begin, end] : {std::pair<int64_t, int64_t>(0, offsets[0]), std::pair<int64_t, int64_t>(offsets[num], count)})
+  for (auto [begin, end] :
+       {std::pair<int64_t, int64_t>(0, offsets[0]), std::pair<int64_t, int64_t>(offsets[num], count)})
     if (!std::is_sorted(order + begin, order + end, by_number)) std::stable_sort(order + begin, order + end, by_number);
 }
 
-std::pair<at::Tensor, at::Tensor> checked_segments(
-    const char* what, const char* of, const at::Tensor& order, const at::Tensor& offsets, int64_t count, int64_t num) {
-  TORCH_CHECK(order.numel() == count && offsets.numel() == num + 1, what, " must be segments(", of, ", ", num, "), got ",
-              order.sizes(), " and ", offsets.sizes());
+std::pair<at::Tensor, at::Tensor> checked_segments(const char* what, const char* of, const at::Tensor& order,
+                                                   const at::Tensor& offsets, int64_t count, int64_t num) {
+  TORCH_CHECK(order.numel() == count && offsets.numel() == num + 1, what, " must be segments(", of, ", ", num,
+              "), got ", order.sizes(), " and ", offsets.sizes());
   const at::Tensor positions = order.to(at::kInt).contiguous(), limits = offsets.to(at::kInt).contiguous();
   int32_t least = 0, most = -1;
   if (count > 0) range(positions.const_data_ptr<int32_t>(), count, &least, &most);
   const auto* limit = limits.const_data_ptr<int32_t>();
-  TORCH_CHECK_INDEX(least >= 0 && most < count && limit[0] >= 0 && limit[num] <= count &&
-                        std::is_sorted(limit, limit + num + 1),
-                    what, " are not segments(", of, ", ", num, ")");
+  TORCH_CHECK_INDEX(
+      least >= 0 && most < count && limit[0] >= 0 && limit[num] <= count && std::is_sorted(limit, limit + num + 1),
+      what, " are not segments(", of, ", ", num, ")");
   return {positions, limits};
 }
 

@@ -16,13 +16,14 @@
 // A function compiled for several instruction sets, one of which is chosen when the library is loaded. Its loops run
 // over contiguous channels, which the compiler vectorizes.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define SPADE_FAST_HAS_CLONES
 #define SPADE_FAST_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define SPADE_FAST_CLONES
 #endif
 
-// Before a loop whose iterations write nothing that another one reads: spares the compiler its run-time checks, of which
-// it makes only so many.
+// Before a loop whose iterations write nothing that another one reads: spares the compiler its run-time checks, of
+// which it makes only so many.
 #if defined(__clang__)
 #define SPADE_FAST_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
@@ -117,7 +118,9 @@ void finish_tile(const View& view, int64_t n, int64_t y, int64_t x, int64_t coun
 }
 
 // Pixels of a row handled at once: rows of this many channels stay in the first-level cache.
-inline int64_t tile_pixels(int64_t channels) { return std::clamp<int64_t>(8192 / std::max<int64_t>(channels, 1), 4, 64); }
+inline int64_t tile_pixels(int64_t channels) {
+  return std::clamp<int64_t>(8192 / std::max<int64_t>(channels, 1), 4, 64);
+}
 
 // Stable counting sort: order [count] lists the positions by number; number s is at order[offsets[s]:offsets[s + 1]],
 // offsets [num + 1]. Numbers below 0 come before offsets[0], those from num on after offsets[num], sorted alike.
@@ -125,8 +128,8 @@ void sort_positions(const int32_t* numbers, int64_t count, int64_t num, int32_t*
 
 // order [count] and offsets [num + 1] in int32, checked to be in bounds. what, of: for errors, "what must be
 // segments(of, num)".
-std::pair<at::Tensor, at::Tensor> checked_segments(
-    const char* what, const char* of, const at::Tensor& order, const at::Tensor& offsets, int64_t count, int64_t num);
+std::pair<at::Tensor, at::Tensor> checked_segments(const char* what, const char* of, const at::Tensor& order,
+                                                   const at::Tensor& offsets, int64_t count, int64_t num);
 
 // Segments cut into pieces of a fixed size. Each piece is summed by itself into a row, the pieces of one segment are
 // added in order: the work is balanced when one segment owns most entries, sums of many terms lose fewer digits, and

@@ -66,7 +66,8 @@ void masked(const at::Tensor& dout, const at::Tensor& out, bool relu, A* gradien
   at::parallel_for(0, dout.numel(), 32768, [&](int64_t first, int64_t last) {
     const auto rows = [&](auto zero) {
       using T = decltype(zero);
-      mask_rows(dout.const_data_ptr<T>() + first, out.const_data_ptr<T>() + first, relu, gradient + first, last - first);
+      mask_rows(dout.const_data_ptr<T>() + first, out.const_data_ptr<T>() + first, relu, gradient + first,
+                last - first);
     };
     switch (dout.scalar_type()) {
       case at::kHalf: return rows(c10::Half());
@@ -102,8 +103,9 @@ void backward(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& c
   sum_segments(gradient.get(), width, width, all.get(), Pieces(limits, 1), dbias.data_ptr<A>());
 }
 
-std::tuple<at::Tensor, at::Tensor> embedding_sum_backward(
-    const at::Tensor& dout, const at::Tensor& out, const at::Tensor& codes, int64_t rows, bool edges, bool relu) {
+std::tuple<at::Tensor, at::Tensor> embedding_sum_backward(const at::Tensor& dout, const at::Tensor& out,
+                                                          const at::Tensor& codes, int64_t rows, bool edges,
+                                                          bool relu) {
   const auto type = accumulation_type(dout.scalar_type());
   const int64_t taps = codes.size(1), width = dout.size(1), places = codes.numel() * (edges ? 2 : 1);
   TORCH_CHECK(codes.scalar_type() == at::kInt, "embedding_sum_backward: codes must be int32, got ",
@@ -112,7 +114,8 @@ std::tuple<at::Tensor, at::Tensor> embedding_sum_backward(
               "embedding_sum_backward: dout and out must be alike, a row for each row of codes; got ", dout.sizes(),
               ", ", out.sizes(), " and ", codes.sizes());
   constexpr int64_t kMost = (int64_t{1} << 31) - 3;
-  TORCH_CHECK(places <= kMost && taps * rows <= kMost, "embedding_sum_backward: at most 2**31 - 3 codes and table rows");
+  TORCH_CHECK(places <= kMost && taps * rows <= kMost,
+              "embedding_sum_backward: at most 2**31 - 3 codes and table rows");
   const at::Tensor dtable = at::empty({taps, rows, width}, dout.options().dtype(type));
   const at::Tensor dbias = at::empty({width}, dtable.options());
   const at::Tensor upstream = dout.contiguous(), activation = out.contiguous(), source = codes.contiguous();

@@ -311,15 +311,15 @@ void backward(const at::Tensor& dout, const at::Tensor& codes, int64_t rows, con
 }
 
 std::tuple<at::Tensor, at::Tensor> label_conv_backward(const at::Tensor& dout, const at::Tensor& codes, int64_t rows,
-                                                       bool edges, int64_t kernel_size, int64_t stride,
-                                                       int64_t padding, bool pooled) {
+                                                       bool edges, int64_t kernel_size, int64_t stride, int64_t padding,
+                                                       bool pooled) {
   const Options options{edges, kernel_size, stride, padding, pooled};
   check_codes("label_conv_backward", codes, rows, options);
   const int64_t n = codes.size(0), ho = options.output_size(codes.size(1)), wo = options.output_size(codes.size(2));
-  TORCH_CHECK(dout.dim() == 4 && dout.size(0) == n && dout.size(2) == ho && dout.size(3) == wo &&
-                  dout.is_floating_point(),
-              "label_conv_backward: dout must be floating point [", n, ", O, ", ho, ", ", wo, "], got ",
-              dout.scalar_type(), " ", dout.sizes());
+  TORCH_CHECK(
+      dout.dim() == 4 && dout.size(0) == n && dout.size(2) == ho && dout.size(3) == wo && dout.is_floating_point(),
+      "label_conv_backward: dout must be floating point [", n, ", O, ", ho, ", ", wo, "], got ", dout.scalar_type(),
+      " ", dout.sizes());
   const int64_t width = dout.size(1);
   const auto exact = dout.options().dtype(at::kDouble);
   const at::Tensor dtable = at::zeros({options.taps(), rows, width}, exact), dbias = at::zeros({width}, exact);

@@ -55,10 +55,10 @@ std::vector<at::Tensor> forward(const ModulationCall<A>& call, const at::Tensor&
   return outs;
 }
 
-std::vector<at::Tensor> modulation(
-    const at::Tensor& x, const Optional& mean, const Optional& rstd, at::TensorList params, const Optional& ids,
-    const Optional& /*order*/, const Optional& /*offsets*/, at::ArrayRef<double> slopes, int64_t upsample,
-    bool /*stats*/) {
+std::vector<at::Tensor> modulation(const at::Tensor& x, const Optional& mean, const Optional& rstd,
+                                   at::TensorList params, const Optional& ids, const Optional& /*order*/,
+                                   const Optional& /*offsets*/, at::ArrayRef<double> slopes, int64_t upsample,
+                                   bool /*stats*/) {
   if (x.scalar_type() == at::kDouble)
     return forward(ModulationCall<double>(x, mean, rstd, params, ids, slopes, upsample), x);
   return forward(ModulationCall<float>(x, mean, rstd, params, ids, slopes, upsample), x);

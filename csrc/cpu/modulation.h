@@ -21,17 +21,23 @@ struct ModulationCall {
   bool dense;
   int64_t patterns = 0;
   View x;
-  std::vector<View> params;       // by pixel
-  std::vector<const A*> tables;   // by pattern, [P, 2C]
-  const int32_t* ids = nullptr;   // [N, H·r, W·r]
-  const A *mean, *rstd;           // [groups, C]; 0 and 1 without normalization
+  std::vector<View> params;      // by pixel
+  std::vector<const A*> tables;  // by pattern, [P, 2C]
+  const int32_t* ids = nullptr;  // [N, H·r, W·r]
+  const A *mean, *rstd;          // [groups, C]; 0 and 1 without normalization
   std::vector<A> slopes;
   std::vector<at::Tensor> owners;
 
   ModulationCall(const at::Tensor& input, const Optional& mean_, const Optional& rstd_, at::TensorList parameters,
                  const Optional& ids_, at::ArrayRef<double> slopes_, int64_t upsample)
-      : n(input.size(0)), c(input.size(1)), h(input.size(2)), w(input.size(3)), r(upsample),
-        outputs(static_cast<int64_t>(parameters.size())), dense(!ids_.has_value()), x(input),
+      : n(input.size(0)),
+        c(input.size(1)),
+        h(input.size(2)),
+        w(input.size(3)),
+        r(upsample),
+        outputs(static_cast<int64_t>(parameters.size())),
+        dense(!ids_.has_value()),
+        x(input),
         slopes(slopes_.begin(), slopes_.end()) {
     const auto type = c10::CppTypeToScalarType<A>::value;
     TORCH_CHECK(slopes_.size() == parameters.size(), "modulation: expected a slope for each of ", outputs,
@@ -68,7 +74,7 @@ struct ModulationCall {
     }
   }
 
-  int64_t tile() const { return tile_pixels(c); }            // pixels of x handled at once, of one row
+  int64_t tile() const { return tile_pixels(c); }  // pixels of x handled at once, of one row
   int64_t tiles_per_row() const { return (w + tile() - 1) / tile(); }
   int64_t group(int64_t image) const { return groups == 1 ? 0 : image; }
 
@@ -91,8 +97,8 @@ struct TileParams {
 
 // Those of `count` outputs from (image, y, x) on, of output m. scratch: [count, 2C]
 template <typename A>
-TileParams<A> tile_params(
-    const ModulationCall<A>& call, int64_t m, int64_t image, int64_t y, int64_t x, int64_t count, A* scratch) {
+TileParams<A> tile_params(const ModulationCall<A>& call, int64_t m, int64_t image, int64_t y, int64_t x, int64_t count,
+                          A* scratch) {
   if (!call.dense) {
     const int64_t position = (image * call.h * call.r + y) * call.w * call.r + x;
     return {call.tables[m], 2 * call.c, call.ids + position};

@@ -83,8 +83,12 @@ class Backward {
       return result;
     }
     const bool in_place = dx.template direct<A>();
-    const at::Tensor weighted = in_place ? dx_ : empty(x_.sizes(), x_.options()
-        .dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::ChannelsLast));
+    const at::Tensor weighted =
+        in_place
+            ? dx_
+            : empty(
+                  x_.sizes(),
+                  x_.options().dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::ChannelsLast));
     const int64_t block = std::max<int64_t>(1, 512 / call_.w);  // rows of x summed in sequence
     const int64_t blocks = (call_.h + block - 1) / block;
     const auto parts = buffer<A>(call_.n * blocks * 2 * call_.c);
@@ -179,8 +183,8 @@ class Backward {
           dout[m][taken] = load_tile(douts_[m], at.image, at.y, at.x, 1, scratch + (4 * (m + 1) + taken) * c).data;
       }
       for (int64_t m = 0; m < call_.outputs; ++m)
-        add_pixels(x, dout[m], taken, call_.mean + group * c, call_.rstd + group * c,
-                   call_.tables[m] + pattern * 2 * c, call_.slopes[m], c, target[m], target[m] + c);
+        add_pixels(x, dout[m], taken, call_.mean + group * c, call_.rstd + group * c, call_.tables[m] + pattern * 2 * c,
+                   call_.slopes[m], c, target[m], target[m] + c);
       i += taken;
     }
   }
@@ -233,32 +237,32 @@ class Backward {
   void pixel_pass(const std::vector<View>& dparams, const View& target, A* parts, int64_t block) {
     const int64_t c = call_.c, r = call_.r, tile = call_.tile(), rows = call_.outputs * r;
     for_tiles(block, [&] {
-      return [&, x_rows = buffer<A>(tile * c), dout_rows = buffer<A>(tile * r * c), sum_rows = buffer<A>(tile * c),
-              out_rows = buffer<A>(tile * c), p_rows = buffer<A>(tile * r * 2 * c),
-              dp_rows = buffer<A>(tile * r * 2 * c)](
-                 int64_t b, int64_t image, int64_t y, int64_t from, int64_t count, bool fresh) {
-        const int64_t g = call_.group(image);
-        const Pixels<A> in{load_tile(call_.x, image, y, from, count, x_rows.get()), call_.mean + g * c,
-                           call_.rstd + g * c, first(g), second(g)};
-        const auto out = start_tile(target, image, y, from, out_rows.get());
-        const Tile<A> weighted = parts ? out : Tile<A>{sum_rows.get(), c};
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t m = i / r, top = y * r + i % r, left = from * r;
-          const auto params = tile_params(call_, m, image, top, left, count * r, p_rows.get());
-          const auto dout = load_tile(douts_[m], image, top, left, count * r, dout_rows.get());
-          Tile<A> dp{nullptr, 0};
-          if constexpr (dense) dp = start_tile(dparams[m], image, top, left, dp_rows.get());
-          const auto add = choose_add_outputs<dense, A>(r, i == 0, i == rows - 1 && !parts);
-          add(in, params, dout, count, c, call_.slopes[m], weighted, dp, out);
-          if constexpr (dense) finish_tile(dparams[m], image, top, left, count * r, dp_rows.get());
-        }
-        if (parts) {
-          A* part = parts + b * 2 * c;
-          if (fresh) std::fill_n(part, 2 * c, A(0));
-          add_sums(in, Tile<const A>{out.data, out.stride}, count, c, part, part + c);
-        }
-        finish_tile(target, image, y, from, count, out_rows.get());
-      };
+      return
+          [&, x_rows = buffer<A>(tile * c), dout_rows = buffer<A>(tile * r * c), sum_rows = buffer<A>(tile * c),
+           out_rows = buffer<A>(tile * c), p_rows = buffer<A>(tile * r * 2 * c), dp_rows = buffer<A>(tile * r * 2 * c)](
+              int64_t b, int64_t image, int64_t y, int64_t from, int64_t count, bool fresh) {
+            const int64_t g = call_.group(image);
+            const Pixels<A> in{load_tile(call_.x, image, y, from, count, x_rows.get()), call_.mean + g * c,
+                               call_.rstd + g * c, first(g), second(g)};
+            const auto out = start_tile(target, image, y, from, out_rows.get());
+            const Tile<A> weighted = parts ? out : Tile<A>{sum_rows.get(), c};
+            for (int64_t i = 0; i < rows; ++i) {
+              const int64_t m = i / r, top = y * r + i % r, left = from * r;
+              const auto params = tile_params(call_, m, image, top, left, count * r, p_rows.get());
+              const auto dout = load_tile(douts_[m], image, top, left, count * r, dout_rows.get());
+              Tile<A> dp{nullptr, 0};
+              if constexpr (dense) dp = start_tile(dparams[m], image, top, left, dp_rows.get());
+              const auto add = choose_add_outputs<dense, A>(r, i == 0, i == rows - 1 && !parts);
+              add(in, params, dout, count, c, call_.slopes[m], weighted, dp, out);
+              if constexpr (dense) finish_tile(dparams[m], image, top, left, count * r, dp_rows.get());
+            }
+            if (parts) {
+              A* part = parts + b * 2 * c;
+              if (fresh) std::fill_n(part, 2 * c, A(0));
+              add_sums(in, Tile<const A>{out.data, out.stride}, count, c, part, part + c);
+            }
+            finish_tile(target, image, y, from, count, out_rows.get());
+          };
     });
   }
 
@@ -280,16 +284,15 @@ class Backward {
 };
 
 template <typename A>
-std::vector<at::Tensor> backward(
-    at::TensorList douts, const at::Tensor& x, const Optional& mean, const Optional& rstd, at::TensorList params,
-    const Optional& ids, const Optional& order, const Optional& offsets, at::ArrayRef<double> slopes,
-    int64_t upsample, bool stats) {
+std::vector<at::Tensor> backward(at::TensorList douts, const at::Tensor& x, const Optional& mean, const Optional& rstd,
+                                 at::TensorList params, const Optional& ids, const Optional& order,
+                                 const Optional& offsets, at::ArrayRef<double> slopes, int64_t upsample, bool stats) {
   const at::Tensor dx = empty(x.sizes(), x.options().memory_format(memory_format(x)));
   TORCH_CHECK(douts.size() == params.size(), "modulation_backward: expected ", params.size(), " douts, got ",
               douts.size());
   for (const auto& d : douts)
-    TORCH_CHECK(d.dim() == 4 && d.size(0) == x.size(0) && d.size(1) == x.size(1) &&
-                    d.size(2) == x.size(2) * upsample && d.size(3) == x.size(3) * upsample,
+    TORCH_CHECK(d.dim() == 4 && d.size(0) == x.size(0) && d.size(1) == x.size(1) && d.size(2) == x.size(2) * upsample &&
+                    d.size(3) == x.size(3) * upsample,
                 "modulation_backward: douts must have the outputs' shape, got ", d.sizes(), " for x ", x.sizes());
   if (x.numel() == 0) {
     std::vector<at::Tensor> result{dx};
@@ -317,10 +320,10 @@ std::vector<at::Tensor> backward(
   return work.by_pattern(positions_of.const_data_ptr<int32_t>(), limits.const_data_ptr<int32_t>());
 }
 
-std::vector<at::Tensor> modulation_backward(
-    at::TensorList douts, const at::Tensor& x, const Optional& mean, const Optional& rstd, at::TensorList params,
-    const Optional& ids, const Optional& order, const Optional& offsets, at::ArrayRef<double> slopes,
-    int64_t upsample, bool stats) {
+std::vector<at::Tensor> modulation_backward(at::TensorList douts, const at::Tensor& x, const Optional& mean,
+                                            const Optional& rstd, at::TensorList params, const Optional& ids,
+                                            const Optional& order, const Optional& offsets, at::ArrayRef<double> slopes,
+                                            int64_t upsample, bool stats) {
   const auto run = x.scalar_type() == at::kDouble ? backward<double> : backward<float>;
   return run(douts, x, mean, rstd, params, ids, order, offsets, slopes, upsample, stats);
 }

@@ -8,8 +8,7 @@ namespace spade_fast::cpu {
 namespace {
 
 template <typename A>
-inline __attribute__((always_inline)) void add_gradient(
-    A xhat, A dout, A gamma, A beta, A slope, A& dgamma, A& dbeta) {
+inline __attribute__((always_inline)) void add_gradient(A xhat, A dout, A gamma, A beta, A slope, A& dgamma, A& dbeta) {
   const A z = xhat * gamma + (xhat + beta), low = dout * slope, dz = z > 0 ? dout : low;
   dgamma += dz * xhat;
   dbeta += dz;
@@ -18,7 +17,8 @@ inline __attribute__((always_inline)) void add_gradient(
 // dgamma += Σ dz·xhat, dbeta += Σ dz over `count` pixels of one pattern.
 template <int count, typename A>
 inline __attribute__((always_inline)) void add_gradients(const A* const* x, const A* const* dout, const A* mean,
-    const A* rstd, const A* params, A slope, int64_t c, A* dgamma, A* dbeta) {
+                                                         const A* rstd, const A* params, A slope, int64_t c, A* dgamma,
+                                                         A* dbeta) {
   const A *x0 = x[0], *x1 = x[count > 1 ? 1 : 0], *x2 = x[count > 2 ? 2 : 0], *x3 = x[count > 3 ? 3 : 0];
   const A *d0 = dout[0], *d1 = dout[count > 1 ? 1 : 0], *d2 = dout[count > 2 ? 2 : 0], *d3 = dout[count > 3 ? 3 : 0];
   SPADE_FAST_INDEPENDENT
@@ -49,16 +49,17 @@ SPADE_FAST_CLONES void add_pixels(const A* const* x, const A* const* dout, int64
 template <typename A>
 struct Pixels {
   Tile<const A> x;
-  const A *mean, *rstd;    // [C]
+  const A *mean, *rstd;     // [C]
   const A *first, *second;  // [C], [groups, C] of Correction
 };
 
 // weighted (+)= dz·(1 + gamma) of the `up` outputs to the right of each pixel of x: the part of dx / rstd that does not
-// go through the statistics. dparams: [dz·xhat | dz] of every output, or no data. With the last outputs, from `weighted`
-// comes dx = rstd·(weighted - first - xhat·second).
+// go through the statistics. dparams: [dz·xhat | dz] of every output, or no data. With the last outputs, from
+// `weighted` comes dx = rstd·(weighted - first - xhat·second).
 template <int up, bool fresh, bool last, bool dense, typename A>
 inline __attribute__((always_inline)) void add_outputs(const Pixels<A>& in, TileParams<A> params, Tile<const A> dout,
-    int64_t count, int64_t c, A slope, Tile<A> weighted, Tile<A> dparams, Tile<A> dx) {
+                                                       int64_t count, int64_t c, A slope, Tile<A> weighted,
+                                                       Tile<A> dparams, Tile<A> dx) {
   for (int64_t i = 0; i < count; ++i) {
     const A *x = in.x.data + i * in.x.stride, *mean = in.mean, *rstd = in.rstd, *first = in.first, *second = in.second;
     const A *p0 = params.row(i * up), *p1 = params.row(i * up + up - 1);
@@ -125,15 +126,14 @@ SPADE_FAST_CLONES void correct(const Pixels<A>& in, Tile<const A> weighted, int6
     const A *x = in.x.data + i * in.x.stride, *value = weighted.data + i * weighted.stride;
     A* out = dx.data + i * dx.stride;
     SPADE_FAST_INDEPENDENT
-    for (int64_t j = 0; j < c; ++j)
-      out[j] = (value[j] - first[j] - ((x[j] - mean[j]) * rstd[j]) * second[j]) * rstd[j];
+    for (int64_t j = 0; j < c; ++j) out[j] = (value[j] - first[j] - ((x[j] - mean[j]) * rstd[j]) * second[j]) * rstd[j];
   }
 }
 
 // s1 += Σ (1 + gamma)·dbeta, s2 += Σ (1 + gamma)·dgamma over `count` patterns.
 template <typename A>
-SPADE_FAST_CLONES void add_patterns(
-    const A* params, const A* dparams, int64_t count, int64_t c, A* __restrict s1, A* __restrict s2) {
+SPADE_FAST_CLONES void add_patterns(const A* params, const A* dparams, int64_t count, int64_t c, A* __restrict s1,
+                                    A* __restrict s2) {
   for (int64_t p = 0; p < count; ++p, params += 2 * c, dparams += 2 * c)
     for (int64_t j = 0; j < c; ++j) {
       s1[j] += params[j] * dparams[c + j] + dparams[c + j];

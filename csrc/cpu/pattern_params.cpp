@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// pattern_params: gamma and beta of every distinct pattern, from the hidden rows of its k×k neighbors; and its gradient.
+// pattern_params: gamma and beta of every distinct pattern, from the hidden rows of its k×k neighbors; and its
+// gradient.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -11,8 +12,8 @@
 namespace spade_fast::cpu {
 namespace {
 
-// params[p] = bias + Σ over taps t of values[taps[p, t], t], values = rows · weights, block of channels after block: one
-// GEMM gives the values of every tap, the sum then reads them from cache.
+// params[p] = bias + Σ over taps t of values[taps[p, t], t], values = rows · weights, block of channels after block:
+// one GEMM gives the values of every tap, the sum then reads them from cache.
 constexpr int64_t kBlock = int64_t{1} << 19;  // elements of values
 
 struct Sizes {
@@ -117,11 +118,11 @@ at::Tensor pattern_params(const at::Tensor& a, const at::Tensor& taps, const at:
 struct Uses {
   at::Tensor order, offsets;
 
-  Uses(const at::Tensor& taps, const std::optional<at::Tensor>& tap_order,
-       const std::optional<at::Tensor>& tap_offsets, const Sizes& s) {
+  Uses(const at::Tensor& taps, const std::optional<at::Tensor>& tap_order, const std::optional<at::Tensor>& tap_offsets,
+       const Sizes& s) {
     if (tap_order && tap_offsets) {
-      std::tie(order, offsets) = checked_segments("pattern_params_backward: tap_order and tap_offsets", "taps", *tap_order,
-                                                  *tap_offsets, taps.numel(), s.hidden * s.taps);
+      std::tie(order, offsets) = checked_segments("pattern_params_backward: tap_order and tap_offsets", "taps",
+                                                  *tap_order, *tap_offsets, taps.numel(), s.hidden * s.taps);
       return;
     }
     order = at::empty({taps.numel()}, taps.options());
@@ -160,7 +161,8 @@ void backward(const at::Tensor& gradient, const at::Tensor& rows, const at::Tens
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> pattern_params_backward(
     const at::Tensor& dparams, const at::Tensor& a, const at::Tensor& taps, const at::Tensor& w_gamma,
-    const at::Tensor& w_beta, const std::optional<at::Tensor>& tap_order, const std::optional<at::Tensor>& tap_offsets) {
+    const at::Tensor& w_beta, const std::optional<at::Tensor>& tap_order,
+    const std::optional<at::Tensor>& tap_offsets) {
   const at::Tensor codes = taps.contiguous();
   const Sizes s = check("pattern_params_backward", a, codes, w_gamma, w_beta);
   TORCH_CHECK(dparams.dim() == 2 && dparams.size(0) == s.patterns && dparams.size(1) == s.channels,

@@ -31,8 +31,8 @@ SPADE_FAST_CLONES void hash_patches(const uint32_t* columns, int64_t width, int6
 }
 
 // fresh[x]: the patch at x differs from the patch at x - 1 (the first always counts as different).
-SPADE_FAST_CLONES void mark_fresh(
-    const int32_t* rows, int64_t stride, int64_t width, int64_t k, uint8_t* changes, uint8_t* fresh) {
+SPADE_FAST_CLONES void mark_fresh(const int32_t* rows, int64_t stride, int64_t width, int64_t k, uint8_t* changes,
+                                  uint8_t* fresh) {
   const int64_t steps = width + k - 2;  // from column x to column x + 1 of the padded rows
   for (int64_t x = 0; x < steps; ++x) changes[x] = 0;
   for (int64_t dy = 0; dy < k; ++dy) {
@@ -56,8 +56,7 @@ class Image {
     const int64_t k = kStatic > 0 ? kStatic : kernel_size;
     stride_ = w + k - 1;
     padded_.assign((h + k - 1) * stride_, kOutside);
-    for (int64_t y = 0; y < h; ++y)
-      std::copy_n(codes + y * w, w, padded_.data() + (y + k / 2) * stride_ + k / 2);
+    for (int64_t y = 0; y < h; ++y) std::copy_n(codes + y * w, w, padded_.data() + (y + k / 2) * stride_ + k / 2);
     int64_t capacity = 64;
     while (capacity < std::min<int64_t>(h * w, 2048) * 2) capacity *= 2;
     table_.assign(capacity, Entry{0, -1});
@@ -172,8 +171,8 @@ std::tuple<at::Tensor, at::Tensor> segments(const at::Tensor& ids, int64_t num) 
   const at::Tensor numbers = ids.to(at::kInt).contiguous();
   const at::Tensor order = at::empty({ids.numel()}, numbers.options());
   const at::Tensor offsets = at::empty({num + 1}, numbers.options());
-  sort_positions(
-      numbers.const_data_ptr<int32_t>(), ids.numel(), num, order.data_ptr<int32_t>(), offsets.data_ptr<int32_t>());
+  sort_positions(numbers.const_data_ptr<int32_t>(), ids.numel(), num, order.data_ptr<int32_t>(),
+                 offsets.data_ptr<int32_t>());
   return {order, offsets};
 }
 

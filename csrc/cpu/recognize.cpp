@@ -81,47 +81,48 @@ int64_t recognize_as(const at::Tensor& map, int32_t* codes) {
   const T* data = static_cast<const T*>(map.const_data_ptr());
   const Bits<T> is = bits<T>(map.scalar_type());
   std::atomic<bool> one_hot{true}, single{true};
-  at::parallel_for(0, rows * blocks, std::max<int64_t>(1, 16384 / (kPixels * channels)), [&](int64_t begin, int64_t end) {
-    const auto block = std::make_unique<Block>();
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / blocks, first = i % blocks * kPixels, size = std::min(kPixels, length - first);
-      const T* values = data + (whole ? row * map.stride(0) : row / h * map.stride(0) + row % h * map.stride(2));
-      values += first * pixel;
-      std::memset(block.get(), 0, sizeof(Block));
-      bool other = false;
-      const auto plane = [&](int64_t c, uint32_t* count, uint32_t* label) {
-        const T* from = values + c * channel;
-        other |= pixel == 1 ? add_channel<true>(from, 1, size, is, static_cast<uint32_t>(c), count, label)
-                            : add_channel<false>(from, pixel, size, is, static_cast<uint32_t>(c), count, label);
-      };
-      if (by_pixel) {
-        for (int64_t p = 0; p < size && !other; ++p) {
-          const T* from = values + p * pixel;
-          other = channel == 1 ? add_pixel<true>(from, 1, before, is, block->count + p, block->label + p)
-                               : add_pixel<false>(from, channel, before, is, block->count + p, block->label + p);
+  at::parallel_for(
+      0, rows * blocks, std::max<int64_t>(1, 16384 / (kPixels * channels)), [&](int64_t begin, int64_t end) {
+        const auto block = std::make_unique<Block>();
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t row = i / blocks, first = i % blocks * kPixels, size = std::min(kPixels, length - first);
+          const T* values = data + (whole ? row * map.stride(0) : row / h * map.stride(0) + row % h * map.stride(2));
+          values += first * pixel;
+          std::memset(block.get(), 0, sizeof(Block));
+          bool other = false;
+          const auto plane = [&](int64_t c, uint32_t* count, uint32_t* label) {
+            const T* from = values + c * channel;
+            other |= pixel == 1 ? add_channel<true>(from, 1, size, is, static_cast<uint32_t>(c), count, label)
+                                : add_channel<false>(from, pixel, size, is, static_cast<uint32_t>(c), count, label);
+          };
+          if (by_pixel) {
+            for (int64_t p = 0; p < size && !other; ++p) {
+              const T* from = values + p * pixel;
+              other = channel == 1 ? add_pixel<true>(from, 1, before, is, block->count + p, block->label + p)
+                                   : add_pixel<false>(from, channel, before, is, block->count + p, block->label + p);
+            }
+          } else {
+            for (int64_t c = 0; c < before && !other; ++c) plane(c, block->count, block->label);
+          }
+          uint32_t most = 0, both = 0;
+          if (!other) {
+            // The sum of numbers of the last channel alone is of no use: it goes where nothing is read any more.
+            uint32_t unused[kPixels];
+            std::memset(unused, 0, sizeof(unused));
+            plane(before, block->last, unused);
+            int32_t* out = codes + row * length + first;
+            for (int64_t p = 0; p < size; ++p) {
+              const uint32_t count = block->count[p], last = block->last[p];
+              most = std::max(most, count);
+              both |= count & last;
+              out[p] = static_cast<int32_t>((count ? block->label[p] : static_cast<uint32_t>(before)) * 2 + last);
+            }
+          }
+          if (both) single.store(false, std::memory_order_relaxed);
+          if (other || most > 1) one_hot.store(false, std::memory_order_relaxed);
+          if (!one_hot.load(std::memory_order_relaxed)) return;
         }
-      } else {
-        for (int64_t c = 0; c < before && !other; ++c) plane(c, block->count, block->label);
-      }
-      uint32_t most = 0, both = 0;
-      if (!other) {
-        // The sum of numbers of the last channel alone is of no use: it goes where nothing is read any more.
-        uint32_t unused[kPixels];
-        std::memset(unused, 0, sizeof(unused));
-        plane(before, block->last, unused);
-        int32_t* out = codes + row * length + first;
-        for (int64_t p = 0; p < size; ++p) {
-          const uint32_t count = block->count[p], last = block->last[p];
-          most = std::max(most, count);
-          both |= count & last;
-          out[p] = static_cast<int32_t>((count ? block->label[p] : static_cast<uint32_t>(before)) * 2 + last);
-        }
-      }
-      if (both) single.store(false, std::memory_order_relaxed);
-      if (other || most > 1) one_hot.store(false, std::memory_order_relaxed);
-      if (!one_hot.load(std::memory_order_relaxed)) return;
-    }
-  });
+      });
   if (!one_hot) return 0;
   if (!single) return 2;
   const auto num = static_cast<int32_t>(channels);

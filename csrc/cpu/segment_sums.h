@@ -9,8 +9,8 @@ namespace {
 
 // sum[i] = start[i] + Σ weights[r] * rows[numbers[r] * stride + i] for `size` vectors of elements.
 template <int size, bool weighted, typename A, typename Number>
-inline __attribute__((always_inline)) void sum_block(
-    const A* rows, int64_t stride, const Number* numbers, const A* weights, int64_t count, const A* start, A* sum) {
+inline __attribute__((always_inline)) void sum_block(const A* rows, int64_t stride, const Number* numbers,
+                                                     const A* weights, int64_t count, const A* start, A* sum) {
   using V = Vector<A>;
   V total[size];
   for (int v = 0; v < size; ++v) total[v] = start ? reinterpret_cast<const V*>(start)[v] : V{};
@@ -45,8 +45,7 @@ SPADE_FAST_CLONES void sum_rows(const A* rows, int64_t stride, int64_t width, co
 
 // sums [segments, width] of the rows of each segment, whose numbers are at order; rows are `stride` elements apart.
 template <typename A>
-void sum_segments(
-    const A* rows, int64_t stride, int64_t width, const int32_t* order, const Pieces& pieces, A* sums) {
+void sum_segments(const A* rows, int64_t stride, int64_t width, const int32_t* order, const Pieces& pieces, A* sums) {
   const auto partial = buffer<A>(pieces.slots * width);
   at::parallel_for(0, pieces.groups(), 1, [&](int64_t first, int64_t last) {
     for (int64_t i = pieces.group[first]; i < pieces.group[last]; ++i) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // statistics: mean and summed squared deviation of each channel. Blocks of a fixed size are summed once, about the mean
-// of a few of their elements, then combined in order (Chan et al. 1979): a large mean costs no digits, and the result is
-// the same bits for any number of threads.
+// of a few of their elements, then combined in order (Chan et al. 1979): a large mean costs no digits, and the result
+// is the same bits for any number of threads.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -16,8 +16,8 @@ namespace {
 
 // sum[c] += Σ rows[i][c] - shift[c], squares[c] += Σ (rows[i][c] - shift[c])²
 template <typename A>
-SPADE_FAST_CLONES void add_deviations(
-    Tile<const A> rows, int64_t count, int64_t channels, const A* shift, A* __restrict sum, A* __restrict squares) {
+SPADE_FAST_CLONES void add_deviations(Tile<const A> rows, int64_t count, int64_t channels, const A* shift,
+                                      A* __restrict sum, A* __restrict squares) {
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
     const A *a = rows.data + i * rows.stride, *b = a + rows.stride, *c = b + rows.stride, *d = c + rows.stride;
@@ -42,8 +42,8 @@ constexpr int64_t kLanes = 64;    // independent sums over the elements of a pla
 constexpr int64_t kSamples = 16;  // elements whose mean a block is summed about
 
 template <typename T, typename A>
-SPADE_FAST_CLONES void add_element_deviations(
-    const T* values, int64_t count, A shift, A* __restrict lanes, A* __restrict squares) {
+SPADE_FAST_CLONES void add_element_deviations(const T* values, int64_t count, A shift, A* __restrict lanes,
+                                              A* __restrict squares) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes)
     for (int64_t j = 0; j < kLanes; ++j) {
@@ -65,7 +65,10 @@ struct Moments {
   std::unique_ptr<double[]> mean, m2;
 
   Moments(int64_t n, int64_t c, int64_t blocks)
-      : channels(c), blocks(blocks), count(blocks), mean(buffer<double>(n * blocks * c)),
+      : channels(c),
+        blocks(blocks),
+        count(blocks),
+        mean(buffer<double>(n * blocks * c)),
         m2(buffer<double>(n * blocks * c)) {}
 
   // From the sums of size elements' deviations from shift, and of their squares.
@@ -91,7 +94,8 @@ SPADE_FAST_CLONES void join(double* __restrict mean, double* __restrict m2, doub
 template <typename A>
 Moments by_pixels(const View& x, int64_t n, int64_t c, int64_t h, int64_t w) {
   // About 128 KiB a block, in units of tiles of a row.
-  const int64_t tile = std::min<int64_t>(tile_pixels(c), 32), tiles_per_row = (w + tile - 1) / tile, tiles = h * tiles_per_row;
+  const int64_t tile = std::min<int64_t>(tile_pixels(c), 32), tiles_per_row = (w + tile - 1) / tile,
+                tiles = h * tiles_per_row;
   const int64_t pixels = std::clamp<int64_t>(32768 / c, 8, 512);
   const int64_t block = std::max<int64_t>(1, pixels / std::min(tile, w));
   const int64_t blocks = (tiles + block - 1) / block;

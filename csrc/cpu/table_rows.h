@@ -15,8 +15,8 @@ struct Steps {
 };
 
 // Rows of the table [T, rows, Hd] that one row of codes adds up; returns how many. numbers [2T].
-inline int64_t row_numbers(
-    const int32_t* codes, int64_t taps, int64_t rows, Steps steps, bool edges, int64_t* numbers) {
+inline int64_t row_numbers(const int32_t* codes, int64_t taps, int64_t rows, Steps steps, bool edges,
+                           int64_t* numbers) {
   int64_t count = 0;
   for (int64_t t = 0; t < taps; ++t) {
     const int32_t code = codes[t];
@@ -28,8 +28,8 @@ inline int64_t row_numbers(
   return count;
 }
 
-// The table's rows in the dtype of the sums. A convolution's weight [Hd, L, k, k], whose taps and labels lie together in
-// memory, is transposed in blocks, its rows in the order in which they lie there.
+// The table's rows in the dtype of the sums. A convolution's weight [Hd, L, k, k], whose taps and labels lie together
+// in memory, is transposed in blocks, its rows in the order in which they lie there.
 template <typename A>
 std::pair<at::Tensor, Steps> table_rows(const at::Tensor& table) {
   const int64_t taps = table.size(0), rows = table.size(1), width = table.size(2);

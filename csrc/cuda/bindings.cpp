@@ -229,8 +229,8 @@ std::vector<Tensor> modulation(const Tensor& x, const OptionalTensor& mean, cons
   std::vector<Tensor> outs;
   std::array<void*, 2> to{};
   for (size_t m = 0; m < params.size(); ++m) {
-    outs.push_back(empty_like(x, {x.size(0), x.size(1), x.size(2) * upsample, x.size(3) * upsample}, x.scalar_type(),
-                              format));
+    outs.push_back(
+        empty_like(x, {x.size(0), x.size(1), x.size(2) * upsample, x.size(3) * upsample}, x.scalar_type(), format));
     to[m] = outs[m].mutable_data_ptr();
   }
   check(spade_fast_modulation(&call.args, to.data(), current_stream(x)), "modulation");
@@ -257,8 +257,8 @@ std::vector<Tensor> modulation_backward(at::TensorList douts_, const Tensor& x, 
   for (size_t m = 0; m < params.size(); ++m) {
     const Tensor& p = call.params[m];
     douts.push_back(douts_[m].to(x.scalar_type()).contiguous(channels_last));
-    gradients.push_back(empty_like(p, p.sizes(), p.scalar_type(),
-                                   p.dim() == 4 ? channels_last : at::MemoryFormat::Contiguous));
+    gradients.push_back(
+        empty_like(p, p.sizes(), p.scalar_type(), p.dim() == 4 ? channels_last : at::MemoryFormat::Contiguous));
     from[m] = douts[m].const_data_ptr();
     to[m] = gradients[m].mutable_data_ptr();
   }

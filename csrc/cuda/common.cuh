@@ -13,14 +13,14 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define SPADE_FAST_LAUNCH(kernel, grid, block, stream, ...) (kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__))
+#define SPADE_FAST_LAUNCH(kernel, grid, block, stream, ...) \
+  ((void)spade_fast::listed<kernel>, kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__))
 #endif
 
+#include "kernel_list.h"
 #include "launchers.h"
 
 namespace spade_fast {
-
-constexpr int kThreads = 256;  // of every block
 
 // Returns the failed status of a CUDA call from the launcher it is in.
 #define SPADE_FAST_CHECK(call)                \
@@ -30,10 +30,10 @@ constexpr int kThreads = 256;  // of every block
   } while (0)
 
 // Launch, and return the status from the launcher if it failed. The kernel's name goes in parentheses: it has commas.
-#define SPADE_FAST_RUN(kernel, grid, stream, ...)                              \
-  do {                                                                         \
+#define SPADE_FAST_RUN(kernel, grid, stream, ...)                               \
+  do {                                                                          \
     SPADE_FAST_LAUNCH(kernel, grid, spade_fast::kThreads, stream, __VA_ARGS__); \
-    SPADE_FAST_CHECK(cudaGetLastError());                                      \
+    SPADE_FAST_CHECK(cudaGetLastError());                                       \
   } while (0)
 
 template <typename I>

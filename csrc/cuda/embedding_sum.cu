@@ -21,10 +21,9 @@ __device__ __forceinline__ int32_t edge_row(int32_t code, int32_t rows, bool edg
 }
 
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kThreads) embedding_sum_kernel(const T* table, const float* bias,
-                                                                 const int32_t* codes, int64_t q, int taps,
-                                                                 int32_t rows, uint32_t width, bool edges, bool relu,
-                                                                 RowTiling tiling, T* out) {
+__global__ void __launch_bounds__(kThreads)
+    embedding_sum_kernel(const T* table, const float* bias, const int32_t* codes, int64_t q, int taps, int32_t rows,
+                         uint32_t width, bool edges, bool relu, RowTiling tiling, T* out) {
   constexpr int kAhead = 3;
   const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
   const int64_t index = int64_t(blockIdx.x) * tiling.rows + row;
@@ -86,9 +85,9 @@ __device__ __forceinline__ void add_gated(float (&sum)[VEC], const Vector<T, VEC
 
 // A piece of the sorted positions, VEC columns a thread: sums of dout's rows by table row.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kThreads) embedding_table_kernel(const T* dout, const T* out, const int32_t* numbers,
-                                                                   const int32_t* order, FastDiv by_row, bool relu,
-                                                                   SegmentSums to, RowTiling tiling) {
+__global__ void __launch_bounds__(kThreads)
+    embedding_table_kernel(const T* dout, const T* out, const int32_t* numbers, const int32_t* order, FastDiv by_row,
+                           bool relu, SegmentSums to, RowTiling tiling) {
   constexpr int kAhead = 4;
   const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC, width = to.width;
   const uint32_t index = blockIdx.x * tiling.rows + row;
@@ -127,9 +126,9 @@ __global__ void __launch_bounds__(kThreads) embedding_table_kernel(const T* dout
 
 // Block (range of rows, columns): the range's column sums, a row of parts.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kThreads) embedding_bias_kernel(const T* dout, const T* out, int64_t q,
-                                                                  uint32_t width, bool relu, int64_t span,
-                                                                  RowTiling tiling, float* parts) {
+__global__ void __launch_bounds__(kThreads)
+    embedding_bias_kernel(const T* dout, const T* out, int64_t q, uint32_t width, bool relu, int64_t span,
+                          RowTiling tiling, float* parts) {
   const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
   const int64_t lo = blockIdx.x * span, hi = min(lo + span, q);
   float sum[VEC];
@@ -263,8 +262,8 @@ extern "C" cudaError_t spade_fast_embedding_sum_backward(const void* dout, const
       if (table_rows * width > 0) SPADE_FAST_CHECK(cudaMemsetAsync(dtable, 0, table_rows * width * sizeof(T), stream));
       return width > 0 ? cudaMemsetAsync(dbias, 0, width * sizeof(T), stream) : cudaSuccess;
     }
-    const Backward b{numbers,    order, offsets,   q,     per_row,
-                     table_rows, width, relu != 0, static_cast<char*>(workspace), stream};
+    const Backward b{numbers, order, offsets, q, per_row, table_rows, width, relu != 0, static_cast<char*>(workspace),
+                     stream};
     const T *from = static_cast<const T*>(dout), *of = static_cast<const T*>(out);
     T *table = static_cast<T*>(dtable), *bias = static_cast<T*>(dbias);
     const bool wide = width % kGather == 0 && aligned(from, 16) && aligned(of, 16) && aligned(table, 16);

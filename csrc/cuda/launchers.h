@@ -36,7 +36,8 @@ cudaError_t spade_fast_patterns_write(const int32_t* codes, int64_t n, int64_t h
                                       int64_t* counts, int32_t* overflow, void* workspace, cudaStream_t stream);
 
 // order [count] int32: the positions of ids [count] int32 sorted by id, stably, negative ones first; offsets [num + 1]
-// int32: number s is at order[offsets[s]] .. order[offsets[s + 1] - 1]. Ids are below num; count < 2^31, num < 2^31 - 2.
+// int32: number s is at order[offsets[s]] .. order[offsets[s + 1] - 1]. Ids are below num; count < 2^31, num < 2^31
+// - 2.
 size_t spade_fast_segments_workspace(int64_t count, int64_t num);
 cudaError_t spade_fast_segments(const int32_t* ids, int64_t count, int64_t num, int32_t* order, int32_t* offsets,
                                 void* workspace, cudaStream_t stream);
@@ -54,21 +55,21 @@ cudaError_t spade_fast_statistics(const void* x, int dtype, int channels_last, i
 
 // Inputs of modulation and of its backward. Ho = h·upsample, Wo = w·upsample; h·w·c < 2^31 and Ho·Wo < 2^31.
 typedef struct {
-  int64_t n, c, h, w;        // of x
-  int32_t dtype;             // of x, outs, douts and dx
-  int32_t params_dtype;      // of params and dparams: dtype, or float32
-  int32_t channels_last;     // layout of x, outs and dense params (backward: must be 1); 0 = NCHW
-  int32_t upsample;          // 1 or 2
-  int32_t outputs;           // 1 or 2
-  int32_t dense;             // 1: params of every pixel; 0: by pattern
-  int64_t groups;            // rows of mean and rstd: 1 or n
-  int64_t patterns;          // rows of params unless dense
-  const void* x;             // [n, c, h, w]
-  const float* mean;         // [groups, c], or NULL: no normalization
-  const float* rstd;         // [groups, c], or NULL
-  const int32_t* ids;        // [n, Ho, Wo] unless dense. An id < 0: gamma = beta = 0
-  const void* params[2];     // [patterns, 2c] = [gamma | beta]; dense [n, 2c, Ho, Wo]
-  float slopes[2];           // of LeakyReLU, 1: none
+  int64_t n, c, h, w;     // of x
+  int32_t dtype;          // of x, outs, douts and dx
+  int32_t params_dtype;   // of params and dparams: dtype, or float32
+  int32_t channels_last;  // layout of x, outs and dense params (backward: must be 1); 0 = NCHW
+  int32_t upsample;       // 1 or 2
+  int32_t outputs;        // 1 or 2
+  int32_t dense;          // 1: params of every pixel; 0: by pattern
+  int64_t groups;         // rows of mean and rstd: 1 or n
+  int64_t patterns;       // rows of params unless dense
+  const void* x;          // [n, c, h, w]
+  const float* mean;      // [groups, c], or NULL: no normalization
+  const float* rstd;      // [groups, c], or NULL
+  const int32_t* ids;     // [n, Ho, Wo] unless dense. An id < 0: gamma = beta = 0
+  const void* params[2];  // [patterns, 2c] = [gamma | beta]; dense [n, 2c, Ho, Wo]
+  float slopes[2];        // of LeakyReLU, 1: none
 } spade_fast_modulation_args;
 
 // outs[m] [n, c, Ho, Wo] = leaky_relu((x - mean)·rstd·(1 + gamma_m) + beta_m, slopes[m]).

@@ -11,8 +11,8 @@
 namespace spade_fast {
 namespace {
 
-constexpr int kPixels = 2;          // of x a thread has when nothing is enlarged
-constexpr int kPlaneChannels = 8;   // of a pixel a thread has in NCHW
+constexpr int kPixels = 2;         // of x a thread has when nothing is enlarged
+constexpr int kPlaneChannels = 8;  // of a pixel a thread has in NCHW
 
 template <int VEC, typename T, typename P>
 __device__ __forceinline__ void modulate(const Vector<T, VEC>& x, const float (&mean)[VEC], const float (&rstd)[VEC],
@@ -30,8 +30,8 @@ __device__ __forceinline__ void modulate(const Vector<T, VEC>& x, const float (&
 
 // Channels-last. UP as in Positions.
 template <typename T, typename P, int VEC, bool DENSE, int UP>
-__global__ void __launch_bounds__(kThreads, 3) modulation_rows_kernel(ModulationInputs<T, P> a, T* out0, T* out1,
-                                                                      RowTiling tiling, FastDiv by_tiles) {
+__global__ void __launch_bounds__(kThreads, 3)
+    modulation_rows_kernel(ModulationInputs<T, P> a, T* out0, T* out1, RowTiling tiling, FastDiv by_tiles) {
   using Walk = Positions<UP, kPixels>;
   const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
   if (row >= tiling.rows || column >= a.c) return;
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kThreads, 3) modulation_rows_kernel(Modulation
 
 // NCHW. Adjacent threads have adjacent pixels, each kPlaneChannels channels; block (tile of pixels, channels).
 template <typename T, typename P, bool DENSE>
-__global__ void __launch_bounds__(kThreads, 2) modulation_planes_kernel(ModulationInputs<T, P> a, T* out0, T* out1,
-                                                                     bool wide_params, FastDiv by_tiles) {
+__global__ void __launch_bounds__(kThreads, 2)
+    modulation_planes_kernel(ModulationInputs<T, P> a, T* out0, T* out1, bool wide_params, FastDiv by_tiles) {
   constexpr int kC = kPlaneChannels;
   const uint32_t n = by_tiles.div(blockIdx.x), tile = blockIdx.x - n * by_tiles.divisor;
   const uint32_t pixel = tile * kThreads + threadIdx.x, channel = blockIdx.y * kC;
@@ -173,8 +173,8 @@ cudaError_t run(const spade_fast_modulation_args& a, void* const* outs, cudaStre
   bool wide_params = a.c % kPlaneChannels == 0;
   for (int m = 0; m < a.outputs; ++m) wide_params = wide_params && aligned(a.params[m], 16);
   SPADE_FAST_RUN((modulation_planes_kernel<T, P, DENSE>), dim3(uint32_t(a.n * tiles), uint32_t(blocks)), stream,
-                 ModulationInputs<T, P>(a), static_cast<T*>(outs[0]), static_cast<T*>(outs[a.outputs - 1]),
-                 wide_params, FastDiv(uint32_t(tiles)));
+                 ModulationInputs<T, P>(a), static_cast<T*>(outs[0]), static_cast<T*>(outs[a.outputs - 1]), wide_params,
+                 FastDiv(uint32_t(tiles)));
   return cudaSuccess;
 }
 

@@ -45,7 +45,7 @@ struct ModulationInputs {
 // How a thread goes through the output pixels of its pixels of x. UP: the enlargement; 0: known at run time only.
 template <int UP, int PIXELS>
 struct Positions {
-  static constexpr int kInputs = UP == 1 ? PIXELS : 1;                 // pixels of x a thread has
+  static constexpr int kInputs = UP == 1 ? PIXELS : 1;               // pixels of x a thread has
   static constexpr int kItems = UP == 1 ? PIXELS : UP == 2 ? 2 : 1;  // output pixels at a time
   int up, rounds;
   uint32_t first, step, w, pixels, base;  // first, step: of the inputs

@@ -14,15 +14,15 @@
 namespace spade_fast {
 namespace {
 
-constexpr int kTarget = 1024;     // blocks wanted where each has a range: about what a large GPU holds at once
-constexpr int kGather = 4;        // channels of a thread in pass 1 by patterns
-constexpr int kPixels = 2;        // of x a thread has in pass 2 when nothing is enlarged
+constexpr int kTarget = 1024;  // blocks wanted where each has a range: about what a large GPU holds at once
+constexpr int kGather = 4;     // channels of a thread in pass 1 by patterns
+constexpr int kPixels = 2;     // of x a thread has in pass 2 when nothing is enlarged
 
 // sums [groups, 2, c] = s1/count, s2/count, or null: mean and rstd are constants.
 template <typename T, typename P, int VEC, bool DENSE, int UP>
-__global__ void __launch_bounds__(kThreads, 2) input_gradient_kernel(ModulationInputs<T, P> a, const T* dout0,
-                                                                     const T* dout1, const float* sums, T* dx,
-                                                                     RowTiling tiling, FastDiv by_tiles) {
+__global__ void __launch_bounds__(kThreads, 2)
+    input_gradient_kernel(ModulationInputs<T, P> a, const T* dout0, const T* dout1, const float* sums, T* dx,
+                          RowTiling tiling, FastDiv by_tiles) {
   using Walk = Positions<UP, kPixels>;
   const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
   if (row >= tiling.rows || column >= a.c) return;
@@ -104,7 +104,7 @@ struct Workspace {
   explicit Workspace(const spade_fast_modulation_args& a)
       : positions(a.n * a.h * a.w * a.upsample * a.upsample),
         ranges(!a.dense ? std::max<int64_t>(128, kTarget / std::max<int64_t>(a.groups, 1))
-                                : ceil_div<int64_t>(kTarget, std::max<int64_t>(a.n, 1)) * a.n),
+                        : ceil_div<int64_t>(kTarget, std::max<int64_t>(a.n, 1)) * a.n),
         plan(positions, 2 * a.c * a.outputs, ceil_div<int64_t>(a.c, kGather)) {
     const bool by_pattern = !a.dense, in_place = a.params_dtype == SPADE_FAST_FLOAT32;
     sums_bytes = by_pattern && !in_place ? padded(size_t(a.outputs * a.patterns * 2 * a.c) * sizeof(float)) : 0;
@@ -155,9 +155,9 @@ cudaError_t run_pattern_finish(const Call& call, const SegmentSums& sums, float*
   SPADE_FAST_RUN((pattern_finish_kernel<P, VEC>),
                  dim3(uint32_t(*ranges), tiling.blocks, uint32_t(parts == nullptr ? 1 : groups)), call.stream,
                  static_cast<const P*>(a.params[0]), static_cast<const P*>(a.params[last]), sums.out0, sums.out1,
-                 static_cast<P*>(call.dparams[0]), static_cast<P*>(call.dparams[last]), a.outputs,
-                 uint32_t(a.patterns), uint32_t(a.c), call.order, call.offsets,
-                 FastDiv(uint32_t(a.h * a.w * a.upsample * a.upsample)), uint32_t(span), tiling, parts);
+                 static_cast<P*>(call.dparams[0]), static_cast<P*>(call.dparams[last]), a.outputs, uint32_t(a.patterns),
+                 uint32_t(a.c), call.order, call.offsets, FastDiv(uint32_t(a.h * a.w * a.upsample * a.upsample)),
+                 uint32_t(span), tiling, parts);
   return cudaSuccess;
 }
 
@@ -226,8 +226,8 @@ cudaError_t run(const Call& call) {
   const bool wide = can_read<T, P, kWide>(a, {call.douts[0], call.douts[a.outputs - 1], call.dx}) && dparams_aligned;
   int64_t ranges = 0;
   if constexpr (DENSE) {
-    SPADE_FAST_CHECK((wide ? dense_pass_1<T, P, kWide>(call, w, parts, &ranges)
-                           : dense_pass_1<T, P, 1>(call, w, parts, &ranges)));
+    SPADE_FAST_CHECK(
+        (wide ? dense_pass_1<T, P, kWide>(call, w, parts, &ranges) : dense_pass_1<T, P, 1>(call, w, parts, &ranges)));
     if (groups == 1) ranges *= a.n;
   } else {
     SPADE_FAST_CHECK((pass_1<T, P>(call, w, parts, groups, &ranges)));
@@ -250,9 +250,8 @@ extern "C" size_t spade_fast_modulation_backward_workspace(const spade_fast_modu
 }
 
 extern "C" cudaError_t spade_fast_modulation_backward(const spade_fast_modulation_args* args, const void* const* douts,
-                                                      const int32_t* order, const int32_t* offsets, int stats,
-                                                      void* dx, void* const* dparams, void* workspace,
-                                                      cudaStream_t stream) {
+                                                      const int32_t* order, const int32_t* offsets, int stats, void* dx,
+                                                      void* const* dparams, void* workspace, cudaStream_t stream) {
   const spade_fast_modulation_args& a = *args;
   if (!valid(a) || !a.channels_last) return cudaErrorInvalidValue;
   if (!a.dense && a.n * a.h * a.w * a.upsample * a.upsample > kMaxBlocks) return cudaErrorInvalidValue;

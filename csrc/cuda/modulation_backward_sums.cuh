@@ -30,10 +30,9 @@ __device__ __forceinline__ void load_pattern(const P* params, int32_t key, uint3
 
 // A piece of the sorted positions, VEC channels a thread: [dgamma | dbeta] of each output, to `to`.
 template <typename T, typename P, int VEC, int M>
-__global__ void __launch_bounds__(kThreads, 2) pattern_sums_kernel(ModulationInputs<T, P> a, const T* dout0,
-                                                                   const T* dout1, const int32_t* order,
-                                                                   FastDiv by_image, FastDiv by_wo, SegmentSums to,
-                                                                   RowTiling tiling) {
+__global__ void __launch_bounds__(kThreads, 2)
+    pattern_sums_kernel(ModulationInputs<T, P> a, const T* dout0, const T* dout1, const int32_t* order,
+                        FastDiv by_image, FastDiv by_wo, SegmentSums to, RowTiling tiling) {
   constexpr int kAhead = M == 1 ? 4 : 2;
   const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
   const uint32_t index = blockIdx.x * tiling.rows + row;
@@ -118,10 +117,10 @@ __global__ void __launch_bounds__(kThreads, 2) pattern_sums_kernel(ModulationInp
 // Block (range of patterns, columns, group): dparams from sums where they differ, zeros for patterns without pixels,
 // and, if asked, this range's s1 and s2: row (group, range) of parts [groups, ranges, 2, c].
 template <typename P, int VEC>
-__global__ void __launch_bounds__(kThreads) pattern_finish_kernel(
-    const P* params0, const P* params1, const float* sums0, const float* sums1, P* dparams0, P* dparams1, int outputs,
-    uint32_t patterns, uint32_t c, const int32_t* order, const int32_t* offsets, FastDiv by_image, uint32_t span,
-    RowTiling tiling, float* parts) {
+__global__ void __launch_bounds__(kThreads)
+    pattern_finish_kernel(const P* params0, const P* params1, const float* sums0, const float* sums1, P* dparams0,
+                          P* dparams1, int outputs, uint32_t patterns, uint32_t c, const int32_t* order,
+                          const int32_t* offsets, FastDiv by_image, uint32_t span, RowTiling tiling, float* parts) {
   const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
   const uint32_t lo = blockIdx.x * span, hi = min(lo + span, patterns);
   float s1[VEC], s2[VEC];
@@ -173,9 +172,9 @@ __global__ void __launch_bounds__(kThreads) pattern_finish_kernel(
 
 // Block (range of an image's pixels of x, columns): dparams of its pixels, and row (n, range) of parts [.., 2, c].
 template <typename T, typename P, int VEC>
-__global__ void __launch_bounds__(kThreads, 2) dense_sums_kernel(ModulationInputs<T, P> a, const T* dout0, const T* dout1,
-                                                              P* dparams0, P* dparams1, uint32_t span,
-                                                              FastDiv by_ranges, RowTiling tiling, float* parts) {
+__global__ void __launch_bounds__(kThreads, 2)
+    dense_sums_kernel(ModulationInputs<T, P> a, const T* dout0, const T* dout1, P* dparams0, P* dparams1, uint32_t span,
+                      FastDiv by_ranges, RowTiling tiling, float* parts) {
   const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
   const uint32_t n = by_ranges.div(blockIdx.x), lo = (blockIdx.x - n * by_ranges.divisor) * span;
   const uint32_t hi = min(lo + span, a.pixels);

@@ -11,13 +11,13 @@
 namespace spade_fast {
 namespace {
 
-constexpr uint32_t kEmpty = 0xffffffffu;  // no pixel yet in this slot (what the memset writes)
+constexpr uint32_t kEmpty = 0xffffffffu;     // no pixel yet in this slot (what the memset writes)
 constexpr uint32_t kNumbered = 0x80000000u;  // set in a slot that holds a pattern's number instead of a pixel
-constexpr int kMaxParts = 1024;  // pixels are counted in at most so many parts
+constexpr int kMaxParts = 1024;              // pixels are counted in at most so many parts
 constexpr int64_t kLeastPart = 1024;
 
 struct Maps {
-  const int32_t* codes;  // [n, h, w]
+  const int32_t* codes;          // [n, h, w]
   uint32_t count, pixels, h, w;  // of all maps, of one
   int k;
   FastDiv by_pixels, by_width;
@@ -90,8 +90,8 @@ __device__ bool equal(const Maps& m, const Place& p, const Patch<K>& patch, uint
 
 // slots[pixel] = where its patch is in the table; table[slot] = the least pixel with that patch.
 template <int K>
-__global__ void __launch_bounds__(kThreads) patterns_insert_kernel(Maps m, uint32_t mask, uint32_t* table,
-                                                                   uint32_t* slots) {
+__global__ void __launch_bounds__(kThreads)
+    patterns_insert_kernel(Maps m, uint32_t mask, uint32_t* table, uint32_t* slots) {
   const uint32_t pixel = blockIdx.x * kThreads + threadIdx.x;
   if (pixel >= m.count) return;
   const Place p = place_of(m, pixel);
@@ -155,11 +155,10 @@ __global__ void __launch_bounds__(kThreads) patterns_count_kernel(uint32_t count
 }
 
 // Numbers the patches: table[slot] = kNumbered | number, first_pixels[number], starts[n] = patterns before map n.
-__global__ void __launch_bounds__(kThreads) patterns_number_kernel(uint32_t count, uint32_t pixels, uint32_t maps,
-                                                                   FastDiv by_pixels, uint32_t span,
-                                                                   const uint32_t* firsts, uint32_t* table,
-                                                                   const uint32_t* slots, uint32_t* first_pixels,
-                                                                   uint32_t* starts, int32_t* total) {
+__global__ void __launch_bounds__(kThreads)
+    patterns_number_kernel(uint32_t count, uint32_t pixels, uint32_t maps, FastDiv by_pixels, uint32_t span,
+                           const uint32_t* firsts, uint32_t* table, const uint32_t* slots, uint32_t* first_pixels,
+                           uint32_t* starts, int32_t* total) {
   uint32_t before = 0;
   for (uint32_t part = threadIdx.x; part < blockIdx.x; part += kThreads) before += firsts[part];
   uint32_t number = block_sum(before);
@@ -188,12 +187,10 @@ __global__ void __launch_bounds__(kThreads) patterns_number_kernel(uint32_t coun
 }
 
 // ids, taps, counts and overflow from the numbers; thread i writes pixel i, tap i and map i where there are such.
-__global__ void __launch_bounds__(kThreads) patterns_write_kernel(Maps m, uint32_t maps, int64_t capacity, int taps,
-                                                                  const uint32_t* table, const uint32_t* slots,
-                                                                  const uint32_t* first_pixels, const uint32_t* starts,
-                                                                  const int32_t* total, int32_t* ids,
-                                                                  int32_t* tap_codes, int64_t* counts,
-                                                                  int32_t* overflow) {
+__global__ void __launch_bounds__(kThreads)
+    patterns_write_kernel(Maps m, uint32_t maps, int64_t capacity, int taps, const uint32_t* table,
+                          const uint32_t* slots, const uint32_t* first_pixels, const uint32_t* starts,
+                          const int32_t* total, int32_t* ids, int32_t* tap_codes, int64_t* counts, int32_t* overflow) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < m.count) {
     const int32_t id = int32_t(table[slots[i]] & ~kNumbered);
@@ -236,8 +233,8 @@ bool valid(int64_t n, int64_t h, int64_t w, int k) {
 }
 
 Maps maps_of(const int32_t* codes, int64_t n, int64_t h, int64_t w, int k) {
-  return {codes, uint32_t(n * h * w), uint32_t(h * w), uint32_t(h), uint32_t(w), k, FastDiv(uint32_t(h * w)),
-          FastDiv(uint32_t(w))};
+  return {codes, uint32_t(n * h * w),      uint32_t(h * w),     uint32_t(h), uint32_t(w),
+          k,     FastDiv(uint32_t(h * w)), FastDiv(uint32_t(w))};
 }
 
 template <int K>
@@ -250,8 +247,8 @@ cudaError_t insert(const Maps& m, const Table& t, cudaStream_t stream) {
 // ---- segments ----
 
 // keys[i] = ids[i] + 1, and 0 for negative ids; positions[i] = i.
-__global__ void __launch_bounds__(kThreads) segments_keys_kernel(const int32_t* ids, uint32_t count, uint32_t num,
-                                                                 uint32_t* keys, int32_t* positions) {
+__global__ void __launch_bounds__(kThreads)
+    segments_keys_kernel(const int32_t* ids, uint32_t count, uint32_t num, uint32_t* keys, int32_t* positions) {
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= count) return;
   keys[i] = ids[i] < 0 ? 0 : min(uint32_t(ids[i]), num) + 1;
@@ -259,8 +256,8 @@ __global__ void __launch_bounds__(kThreads) segments_keys_kernel(const int32_t* 
 }
 
 // offsets[s]: how many keys are at most s.
-__global__ void __launch_bounds__(kThreads) segments_offsets_kernel(const uint32_t* keys, uint32_t count, uint32_t num,
-                                                                    int32_t* offsets) {
+__global__ void __launch_bounds__(kThreads)
+    segments_offsets_kernel(const uint32_t* keys, uint32_t count, uint32_t num, int32_t* offsets) {
   const uint32_t s = blockIdx.x * kThreads + threadIdx.x;
   if (s > num) return;
   uint32_t lo = 0, hi = count;
@@ -311,9 +308,9 @@ extern "C" cudaError_t spade_fast_patterns_find(const int32_t* codes, int64_t n,
   return cudaSuccess;
 }
 
-extern "C" cudaError_t spade_fast_patterns_write(const int32_t* codes, int64_t n, int64_t h, int64_t w,
-                                                 int kernel_size, int64_t capacity, const int32_t* total, int32_t* ids,
-                                                 int32_t* taps, int64_t* counts, int32_t* overflow, void* workspace,
+extern "C" cudaError_t spade_fast_patterns_write(const int32_t* codes, int64_t n, int64_t h, int64_t w, int kernel_size,
+                                                 int64_t capacity, const int32_t* total, int32_t* ids, int32_t* taps,
+                                                 int64_t* counts, int32_t* overflow, void* workspace,
                                                  cudaStream_t stream) {
   if (!valid(n, h, w, kernel_size) || capacity < 0) return cudaErrorInvalidValue;
   const int per_row = kernel_size * kernel_size;

@@ -30,8 +30,8 @@ constexpr uint32_t kReduceLanes = kThreads / kReduceColumns;
 
 // out[g, column] = scale · the sum of parts [groups, parts, width] over its second axis.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) reduce_parts_kernel(const float* parts, uint32_t count, uint32_t width,
-                                                                float scale, T* out) {
+__global__ void __launch_bounds__(kThreads)
+    reduce_parts_kernel(const float* parts, uint32_t count, uint32_t width, float scale, T* out) {
   __shared__ float sums[kThreads];
   const uint32_t lane = threadIdx.x / kReduceColumns;
   const uint32_t column = blockIdx.y * kReduceColumns + threadIdx.x % kReduceColumns;

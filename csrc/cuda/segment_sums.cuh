@@ -65,8 +65,8 @@ __device__ __forceinline__ void store_sum(const SegmentSums& s, int64_t slot, in
 
 // Sums the scratch rows of kFan pieces of the level below.
 template <int VEC>
-__global__ void __launch_bounds__(kThreads) segments_combine_kernel(const float* rows, const int32_t* keys,
-                                                                    int64_t slots, SegmentSums s, RowTiling tiling) {
+__global__ void __launch_bounds__(kThreads)
+    segments_combine_kernel(const float* rows, const int32_t* keys, int64_t slots, SegmentSums s, RowTiling tiling) {
   constexpr int kAhead = 8;
   const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
   const uint32_t index = blockIdx.x * tiling.rows + row;
@@ -121,8 +121,8 @@ class SegmentPlan {
   }
   // The first level's destination: out0, out1 of `width` columns.
   SegmentSums first(const int32_t* offsets, float* out0, float* out1, int64_t width, void* scratch) const {
-    SegmentSums s{offsets,          out0, out1, nullptr, nullptr, uint32_t(width), uint32_t(columns_),
-                  uint32_t(pieces()), length_, total_};
+    SegmentSums s{offsets, out0,  out1, nullptr, nullptr, uint32_t(width), uint32_t(columns_), uint32_t(pieces()),
+                  length_, total_};
     place(s, 0, static_cast<char*>(scratch));
     return s;
   }
@@ -144,7 +144,9 @@ class SegmentPlan {
   }
 
  private:
-  size_t row_bytes(int level) const { return ceil_div<size_t>(2 * pieces(level) * columns_ * sizeof(float), 256) * 256; }
+  size_t row_bytes(int level) const {
+    return ceil_div<size_t>(2 * pieces(level) * columns_ * sizeof(float), 256) * 256;
+  }
   size_t level_bytes(int level) const {
     return row_bytes(level) + ceil_div<size_t>(2 * pieces(level) * sizeof(int32_t), 256) * 256;
   }

@@ -80,9 +80,9 @@ __device__ __forceinline__ void merge(uint32_t count, F&& part, float* mean, flo
 
 // Channels-last. Block (part, columns): a range of one image's pixels -> row `part` of means and m2s [parts, c].
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kThreads) statistics_rows_kernel(const T* x, uint32_t c, Split split,
-                                                                   FastDiv by_splits, RowTiling tiling, float* means,
-                                                                   float* m2s) {
+__global__ void __launch_bounds__(kThreads)
+    statistics_rows_kernel(const T* x, uint32_t c, Split split, FastDiv by_splits, RowTiling tiling, float* means,
+                           float* m2s) {
   __shared__ float shared_mean[VEC * kThreads], shared_m2[VEC * kThreads];
   const uint32_t n = by_splits.div(blockIdx.x), lo = (blockIdx.x - n * split.splits) * split.span;
   const uint32_t hi = min(lo + split.span, split.pixels);
@@ -116,9 +116,9 @@ __global__ void __launch_bounds__(kThreads) statistics_rows_kernel(const T* x, u
 
 // NCHW. Block: a range of one plane's pixels -> one element of means and m2s [n·splits, c]. VEC divides h·w.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kThreads) statistics_planes_kernel(const T* x, uint32_t c, Split split,
-                                                                     FastDiv by_splits, FastDiv by_channels,
-                                                                     float* means, float* m2s) {
+__global__ void __launch_bounds__(kThreads)
+    statistics_planes_kernel(const T* x, uint32_t c, Split split, FastDiv by_splits, FastDiv by_channels, float* means,
+                             float* m2s) {
   __shared__ float shared_mean[VEC * kThreads], shared_m2[VEC * kThreads];
   __shared__ float row_mean[kThreads], row_m2[kThreads];
   const uint32_t plane = by_splits.div(blockIdx.x), part_of_plane = blockIdx.x - plane * split.splits;
@@ -164,11 +164,12 @@ __global__ void __launch_bounds__(kThreads) statistics_planes_kernel(const T* x,
 }
 
 // Block (group, channels): merges that group's `parts` rows of means and m2s [groups·parts, c].
-__global__ void __launch_bounds__(kThreads) statistics_merge_kernel(const float* means, const float* m2s, uint32_t c,
-                                                                    uint32_t parts, Split split,
-                                                                    FastDiv by_splits, float* mean, float* m2) {
+__global__ void __launch_bounds__(kThreads)
+    statistics_merge_kernel(const float* means, const float* m2s, uint32_t c, uint32_t parts, Split split,
+                            FastDiv by_splits, float* mean, float* m2) {
   __shared__ float sums[kThreads], counts[kThreads];
-  const uint32_t lane = threadIdx.x / kMergeChannels, channel = blockIdx.y * kMergeChannels + threadIdx.x % kMergeChannels;
+  const uint32_t lane = threadIdx.x / kMergeChannels,
+                 channel = blockIdx.y * kMergeChannels + threadIdx.x % kMergeChannels;
   const bool active = channel < c;
   const int64_t from = int64_t(blockIdx.x) * parts * c + channel;
   const auto count_of = [&](uint32_t k) {

@@ -93,8 +93,8 @@ inline void prepare(Fiber& fiber, unsigned thread) {
   *--at = reinterpret_cast<void*>(&fiber_main);
   for (int i = 0; i < 6; ++i) *--at = nullptr;  // the registers popped on entry
   fiber.stack_pointer = at;
-  fiber.thread = make_uint3(thread % block_size.x, thread / block_size.x % block_size.y,
-                            thread / (block_size.x * block_size.y));
+  fiber.thread =
+      make_uint3(thread % block_size.x, thread / block_size.x % block_size.y, thread / (block_size.x * block_size.y));
   fiber.state = State::kRunning;
 }
 
