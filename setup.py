@@ -54,7 +54,7 @@ class BuildNative(build_ext):
 
     def parts(self, library: Path) -> list[Path]:
         """The library, its stamp, and the Python module that reports on it."""
-        return [library, library.with_suffix(".json"), library.with_name(native_module("build").INFO_MODULE)]
+        return [library, library.with_suffix(".json"), library.with_name(native_module("toolchain").INFO_MODULE)]
 
     def target(self, ext: Extension) -> Path:
         """Where the library goes. In an editable installation the package is used where it is."""

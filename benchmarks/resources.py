@@ -3,9 +3,9 @@
 
     python -m benchmarks.resources [--arch 80 90 100 120] [--thorough] [--json FILE]
 
-The launchers themselves are called, on small CPU tensors, with Triton's launch replaced by a compilation for the
-architecture asked, so what is compiled is what a GPU would run. Fails when a kernel spills, or wants more shared
-memory than the architecture has. The CUDA kernels follow where nvcc is there (benchmarks.cuda_resources).
+The launchers themselves are called on small CPU tensors, and Triton's launch is replaced by a compilation for the
+architecture. So what is compiled is what a GPU would run. The command fails when a kernel spills, or needs more shared
+memory than the architecture has. Where nvcc is found, the CUDA kernels follow (benchmarks.cuda_resources).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import cuda_resources
-from spade_fast.native.build import find_nvcc
+from spade_fast.native.toolchain import find_nvcc
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
 
@@ -315,6 +315,7 @@ def main() -> None:
     if find_nvcc() is not None:
         cuda = cuda_resources.measure(options.arch)
         print(cuda_resources.summary(cuda))
+        cuda += cuda_resources.rows_on_device()
         found += cuda_resources.faults(cuda)
     if options.json:
         options.json.write_text(json.dumps(rows + cuda, indent=1))

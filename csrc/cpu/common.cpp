@@ -30,8 +30,8 @@ SPADE_FAST_CLONES void scatter_rows(T* target, int64_t pixel, const A* source, i
   }
 }
 
-// to[column * to_stride + row] = from[row * from_stride + column], in blocks through a buffer that stays in registers
-// or the first-level cache.
+// to[column * to_stride + row] = from[row * from_stride + column]. Blocks go through a buffer that stays in registers
+// or in the first-level cache.
 template <typename T, typename A>
 SPADE_FAST_CLONES void transpose(const T* from, int64_t from_stride, A* to, int64_t to_stride, int64_t rows,
                                  int64_t columns) {
@@ -85,7 +85,7 @@ at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const auto begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
     const auto end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / page * page;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: without it, all works alike
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: the system may ignore it
   }
 #endif
   return tensor;
@@ -121,8 +121,8 @@ template void scatter_tile(const View&, int64_t, int64_t, int64_t, int64_t, cons
 template void scatter_tile(const View&, int64_t, int64_t, int64_t, int64_t, const double*);
 
 void sort_positions(const int32_t* numbers, int64_t count, int64_t num, int32_t* order, int32_t* offsets) {
-  // Bucket 0 holds what is below 0, bucket num + 1 what is not below num. Each part of the positions counts its own
-  // numbers and writes behind the earlier parts: the stable order is the same for any number of parts.
+  // Bucket 0 holds the numbers below 0, bucket num + 1 those from num on. Each part of the positions counts its own
+  // numbers and writes behind the earlier parts. So the stable order is the same for any number of parts.
   const int64_t buckets = num + 2;
   const auto bucket = [num](int32_t v) -> int64_t { return v < 0 ? 0 : std::min<int64_t>(v, num) + 1; };
   const int64_t wanted = std::min<int64_t>(at::get_num_threads(), std::min(count / 32768, count / buckets));
@@ -172,7 +172,8 @@ std::pair<at::Tensor, at::Tensor> checked_segments(const char* what, const char*
 }
 
 Pieces::Pieces(const int32_t* offsets, int64_t segments) {
-  constexpr int64_t kWork = 1024, kOverhead = 8;  // entries a group; what a piece costs beside its entries
+  constexpr int64_t kWork = 1024;   // entries of a group
+  constexpr int64_t kOverhead = 8;  // what a piece costs beside its entries, in entries
   pieces.reserve(segments);
   group.push_back(0);
   int64_t work = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// embedding_sum: per row of codes, the sum of one table row a tap (+ bias, ReLU); and its gradient.
+// embedding_sum: for each row of codes, the sum of one table row a tap, then bias and ReLU. And the gradient.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -60,7 +60,7 @@ SPADE_FAST_CLONES void mask_rows(const T* dout, const T* out, bool relu, A* __re
     for (int64_t i = 0; i < count; ++i) gradient[i] = static_cast<A>(dout[i]);
 }
 
-// gradient [Q, Hd]: dout where ReLU let it through.
+// gradient [Q, Hd]: dout where the ReLU is open, else 0.
 template <typename A>
 void masked(const at::Tensor& dout, const at::Tensor& out, bool relu, A* gradient) {
   at::parallel_for(0, dout.numel(), 32768, [&](int64_t first, int64_t last) {
@@ -83,7 +83,8 @@ void backward(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& c
   const int64_t count = codes.size(0), taps = codes.size(1), width = dout.size(1), columns = edges ? 2 * taps : taps;
   const auto gradient = buffer<A>(count * width);
   masked(dout, out, relu, gradient.get());
-  // For each table row, in order, the sums it went into: positions by row number; a row of codes has `columns` places.
+  // For each table row, in order, the sums that it is a part of: positions sorted by row number. A row of codes has
+  // `columns` positions.
   const auto numbers = buffer<int32_t>(count * columns), order = buffer<int32_t>(count * columns);
   const auto offsets = buffer<int32_t>(taps * rows + 1);
   const auto* code = codes.const_data_ptr<int32_t>();
@@ -96,7 +97,7 @@ void backward(const at::Tensor& dout, const at::Tensor& out, const at::Tensor& c
   sort_positions(numbers.get(), count * columns, taps * rows, order.get(), offsets.get());
   for (int64_t i = 0; i < count * columns; ++i) order[i] /= static_cast<int32_t>(columns);
   sum_segments(gradient.get(), width, width, order.get(), Pieces(offsets.get(), taps * rows), dtable.data_ptr<A>());
-  // The bias went into every sum.
+  // The bias is a part of every sum.
   const auto all = buffer<int32_t>(count);
   for (int64_t q = 0; q < count; ++q) all[q] = static_cast<int32_t>(q);
   const int32_t limits[2] = {0, static_cast<int32_t>(count)};

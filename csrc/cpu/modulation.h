@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What modulation and its backward share: the arguments of a call, checked and brought to the accumulation's dtype.
+// What modulation and its backward share: the arguments of a call, checked and converted to the type of the sums.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -13,30 +13,31 @@ namespace spade_fast::cpu {
 
 using Optional = std::optional<at::Tensor>;
 
-// Parameters by pattern [P, 2C] or by pixel [N, 2C, H·r, W·r], [gamma | beta].
+// Parameters are [gamma | beta]: by pattern [P, 2C], or by pixel [N, 2C, H·r, W·r].
 template <typename A>
 struct ModulationCall {
-  int64_t n, c, h, w, r;        // of x; r: outputs per pixel of x along each axis
+  int64_t n, c, h, w;           // of x
+  int64_t r;                    // outputs per pixel of x along each axis: 1 or 2
   int64_t outputs, groups = 1;  // groups: 1, or N when every sample has statistics of its own
   bool dense;
   int64_t patterns = 0;
   View x;
-  std::vector<View> params;      // by pixel
-  std::vector<const A*> tables;  // by pattern, [P, 2C]
-  const int32_t* ids = nullptr;  // [N, H·r, W·r]
-  const A *mean, *rstd;          // [groups, C]; 0 and 1 without normalization
+  std::vector<View> params;              // by pixel
+  std::vector<const A*> tables;          // by pattern, [P, 2C]
+  const int32_t* pattern_ids = nullptr;  // [N, H·r, W·r]
+  const A *mean, *rstd;                  // [groups, C]; 0 and 1 without normalization
   std::vector<A> slopes;
   std::vector<at::Tensor> owners;
 
   ModulationCall(const at::Tensor& input, const Optional& mean_, const Optional& rstd_, at::TensorList parameters,
-                 const Optional& ids_, at::ArrayRef<double> slopes_, int64_t upsample)
+                 const Optional& pattern_ids_, at::ArrayRef<double> slopes_, int64_t upsample)
       : n(input.size(0)),
         c(input.size(1)),
         h(input.size(2)),
         w(input.size(3)),
         r(upsample),
         outputs(static_cast<int64_t>(parameters.size())),
-        dense(!ids_.has_value()),
+        dense(!pattern_ids_.has_value()),
         x(input),
         slopes(slopes_.begin(), slopes_.end()) {
     const auto type = c10::CppTypeToScalarType<A>::value;
@@ -62,19 +63,19 @@ struct ModulationCall {
     }
     if (!dense) {
       for (const auto& p : parameters)
-        TORCH_CHECK(p.size(0) == patterns, "modulation: all params must have as many rows, got ", patterns, " and ",
-                    p.size(0));
-      ids = keep<int32_t>(ids_->to(at::kInt).contiguous());
-      if (ids_->numel() > 0 && c > 0) {
+        TORCH_CHECK(p.size(0) == patterns, "modulation: all params must have equally many rows, got ", patterns,
+                    " and ", p.size(0));
+      pattern_ids = keep<int32_t>(pattern_ids_->to(at::kInt).contiguous());
+      if (pattern_ids_->numel() > 0 && c > 0) {
         int32_t least, most;
-        range(ids, ids_->numel(), &least, &most);
+        range(pattern_ids, pattern_ids_->numel(), &least, &most);
         TORCH_CHECK_INDEX(least >= 0 && most < patterns, "modulation: ids must be in 0..", patterns - 1, ", got ",
                           least, "..", most);
       }
     }
   }
 
-  int64_t tile() const { return tile_pixels(c); }  // pixels of x handled at once, of one row
+  int64_t tile() const { return tile_pixels(c); }  // pixels of a row of x that are handled at once
   int64_t tiles_per_row() const { return (w + tile() - 1) / tile(); }
   int64_t group(int64_t image) const { return groups == 1 ? 0 : image; }
 
@@ -85,25 +86,25 @@ struct ModulationCall {
   }
 };
 
-// The parameters of the outputs of one tile: pixel i has row i, or row ids[i].
+// The parameters of the outputs of one tile. By pixel, output i has row i; by pattern, row pattern_ids[i].
 template <typename A>
 struct TileParams {
   const A* data;
   int64_t stride;
-  const int32_t* ids;
+  const int32_t* pattern_ids;
 
-  const A* row(int64_t i) const { return data + (ids ? ids[i] : i) * stride; }
+  const A* row(int64_t i) const { return data + (pattern_ids ? pattern_ids[i] : i) * stride; }
 };
 
-// Those of `count` outputs from (image, y, x) on, of output m. scratch: [count, 2C]
+// The parameters of tensor `output` for `count` of its pixels from (image, y, x) on. scratch: [count, 2C].
 template <typename A>
-TileParams<A> tile_params(const ModulationCall<A>& call, int64_t m, int64_t image, int64_t y, int64_t x, int64_t count,
-                          A* scratch) {
+TileParams<A> tile_params(const ModulationCall<A>& call, int64_t output, int64_t image, int64_t y, int64_t x,
+                          int64_t count, A* scratch) {
   if (!call.dense) {
     const int64_t position = (image * call.h * call.r + y) * call.w * call.r + x;
-    return {call.tables[m], 2 * call.c, call.ids + position};
+    return {call.tables[output], 2 * call.c, call.pattern_ids + position};
   }
-  const auto tile = load_tile(call.params[m], image, y, x, count, scratch);
+  const auto tile = load_tile(call.params[output], image, y, x, count, scratch);
   return {tile.data, tile.stride, nullptr};
 }
 

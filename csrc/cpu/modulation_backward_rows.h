@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of modulation_backward: loops over the channels of pixels and patterns.
+// The arithmetic of modulation_backward: loops over the channels of pixels and of patterns.
 #pragma once
 
 #include "modulation.h"
@@ -45,7 +45,7 @@ SPADE_FAST_CLONES void add_pixels(const A* const* x, const A* const* dout, int64
   }
 }
 
-// What goes into one element of dx, beside the outputs' own gradients.
+// What one element of dx depends on, beside the gradients of the outputs.
 template <typename A>
 struct Pixels {
   Tile<const A> x;
@@ -53,9 +53,10 @@ struct Pixels {
   const A *first, *second;  // [C], [groups, C] of Correction
 };
 
-// weighted (+)= dz·(1 + gamma) of the `up` outputs to the right of each pixel of x: the part of dx / rstd that does not
-// go through the statistics. dparams: [dz·xhat | dz] of every output, or no data. With the last outputs, from
-// `weighted` comes dx = rstd·(weighted - first - xhat·second).
+// The gradient through `up` adjacent outputs of each pixel of x. Sums over all outputs of a pixel are in `weighted`.
+//     weighted (+)= dz·(1 + gamma)                            the part of dx / rstd that does not go through the
+//     statistics dparams = [dz·xhat | dz]                                if `dense` dx = rstd·(weighted - first -
+//     xhat·second)              if `last`: these are the last outputs of the pixels
 template <int up, bool fresh, bool last, bool dense, typename A>
 inline __attribute__((always_inline)) void add_outputs(const Pixels<A>& in, TileParams<A> params, Tile<const A> dout,
                                                        int64_t count, int64_t c, A slope, Tile<A> weighted,
@@ -118,7 +119,7 @@ SPADE_FAST_CLONES void add_sums(const Pixels<A>& in, Tile<const A> weighted, int
   }
 }
 
-// dx = rstd·(weighted - first - xhat·second); may be in place.
+// dx = rstd·(weighted - first - xhat·second). dx may be `weighted` itself.
 template <typename A>
 SPADE_FAST_CLONES void correct(const Pixels<A>& in, Tile<const A> weighted, int64_t count, int64_t c, Tile<A> dx) {
   const A *mean = in.mean, *rstd = in.rstd, *first = in.first, *second = in.second;

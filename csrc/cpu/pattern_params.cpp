@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// pattern_params: gamma and beta of every distinct pattern, from the hidden rows of its k×k neighbors; and its
-// gradient.
+// pattern_params: gamma and beta of every distinct pattern, from the hidden rows of its k×k taps. And the gradient.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -12,9 +11,9 @@
 namespace spade_fast::cpu {
 namespace {
 
-// params[p] = bias + Σ over taps t of values[taps[p, t], t], values = rows · weights, block of channels after block:
-// one GEMM gives the values of every tap, the sum then reads them from cache.
-constexpr int64_t kBlock = int64_t{1} << 19;  // elements of values
+// params[p] = bias + Σ over taps t of values[taps[p, t], t], with values = rows · weights. Channels are done in blocks:
+// one GEMM gives the values of a block for every tap, and the sums then read them from the cache.
+constexpr int64_t kBlock = int64_t{1} << 19;  // elements of `values` for a block
 
 struct Sizes {
   int64_t hidden, width, patterns, taps, channels;  // Q, Hd, P, T, 2C
@@ -37,12 +36,12 @@ Sizes check(const char* op, const at::Tensor& a, const at::Tensor& taps, const a
   return s;
 }
 
-// A convolution's weight [C, Hd, k, k] as [C, T, Hd]: without a copy if it is stored channels-last.
+// A convolution's weight [C, Hd, k, k] as [C, T, Hd]. A weight that is stored channels-last is not copied.
 at::Tensor matrix(const at::Tensor& weight, at::ScalarType type) {
   return weight.to(type).permute({0, 2, 3, 1}).contiguous().view({weight.size(0), -1, weight.size(1)});
 }
 
-// Channels of a block: the temporary [Q, T, block] is small, a GEMM of T * block columns large enough.
+// Channels of a block. The temporary [Q, T, block] is then small, and the GEMM's T * block columns are enough.
 int64_t block_channels(const Sizes& s) {
   const int64_t most = kBlock / std::max<int64_t>(1, s.hidden * s.taps);
   return std::min(s.channels / 2, std::clamp<int64_t>(most / 16 * 16, 16, 256));
@@ -56,7 +55,7 @@ void for_blocks(const Sizes& s, F block) {
     for (int64_t c = 0; c < half; c += step) block(i, c, std::min(step, half - c));
 }
 
-// Weights [block, T, Hd] as [T, block, Hd]; and back.
+// Weights [block, T, Hd] as [T, block, Hd], and back.
 template <typename A>
 void swap_taps(const A* from, int64_t rows, int64_t columns, int64_t width, A* to) {
   at::parallel_for(0, rows, 8, [&](int64_t first, int64_t last) {
@@ -114,7 +113,7 @@ at::Tensor pattern_params(const at::Tensor& a, const at::Tensor& taps, const at:
   return params.to(a.scalar_type());
 }
 
-// Where each hidden row is used: segment q * T + t lists the patterns that have row q under tap t.
+// Where each hidden row is used: segment q * T + t lists the patterns with row q under tap t.
 struct Uses {
   at::Tensor order, offsets;
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// patterns: the distinct k×k patches of label maps, by a hash table in raster order. segments: a counting sort.
+// patterns: the distinct k×k patches of label maps, by a hash table in raster order.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -30,7 +30,7 @@ SPADE_FAST_CLONES void hash_patches(const uint32_t* columns, int64_t width, int6
   }
 }
 
-// fresh[x]: the patch at x differs from the patch at x - 1 (the first always counts as different).
+// fresh[x]: whether the patch at x differs from the patch at x - 1. The first counts as different.
 SPADE_FAST_CLONES void mark_fresh(const int32_t* rows, int64_t stride, int64_t width, int64_t k, uint8_t* changes,
                                   uint8_t* fresh) {
   const int64_t steps = width + k - 2;  // from column x to column x + 1 of the padded rows
@@ -45,14 +45,14 @@ SPADE_FAST_CLONES void mark_fresh(const int32_t* rows, int64_t stride, int64_t w
   fresh[0] = 1;
 }
 
-// The patches of one image. Equal hashes are only a hint: a patch is compared with the one it is taken for.
+// The patches of one image. Patches with equal hashes are compared themselves.
 class Image {
  public:
   std::vector<int64_t> first;  // where each pattern appears first, as the offset of its patch in padded_
 
-  // ids [h, w]: the number of each pixel's patch, by first appearance.
+  // pattern_ids [h, w]: the number of each pixel's patch, by first appearance.
   template <int kStatic>
-  void find(const int32_t* codes, int64_t h, int64_t w, int64_t kernel_size, int32_t* ids) {
+  void find(const int32_t* codes, int64_t h, int64_t w, int64_t kernel_size, int32_t* pattern_ids) {
     const int64_t k = kStatic > 0 ? kStatic : kernel_size;
     stride_ = w + k - 1;
     padded_.assign((h + k - 1) * stride_, kOutside);
@@ -70,7 +70,7 @@ class Image {
       int32_t id = 0;
       for (int64_t x = 0; x < w; ++x) {
         if (fresh[x]) id = number<kStatic>(y * stride_ + x, hashes[x], k);
-        ids[y * w + x] = id;
+        pattern_ids[y * w + x] = id;
       }
     }
   }
@@ -130,9 +130,9 @@ class Image {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> patterns(const at::Tensor& codes, int64_t k) {
   const int64_t n = codes.size(0), h = codes.size(1), w = codes.size(2);
   const at::Tensor source = codes.contiguous();
-  const at::Tensor ids = at::empty({n, h, w}, codes.options());
+  const at::Tensor pattern_ids = at::empty({n, h, w}, codes.options());
   const at::Tensor counts = at::empty({n}, codes.options().dtype(at::kLong));
-  auto* number = ids.data_ptr<int32_t>();
+  auto* number = pattern_ids.data_ptr<int32_t>();
   auto* count = counts.data_ptr<int64_t>();
   const auto* code = source.const_data_ptr<int32_t>();
   std::vector<Image> images(n);
@@ -162,24 +162,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> patterns(const at::Tensor& codes,
       for (int64_t p = i * h * w; p < (i + 1) * h * w; ++p) number[p] += static_cast<int32_t>(base[i]);
     }
   });
-  return {ids, taps, counts};
+  return {pattern_ids, taps, counts};
 }
 
-std::tuple<at::Tensor, at::Tensor> segments(const at::Tensor& ids, int64_t num) {
-  TORCH_CHECK(ids.numel() < (int64_t{1} << 31), "segments: at most 2**31 - 1 positions, got ", ids.numel());
-  TORCH_CHECK(num >= 0 && num < (int64_t{1} << 31) - 2, "segments: num must be in 0..2**31 - 3, got ", num);
-  const at::Tensor numbers = ids.to(at::kInt).contiguous();
-  const at::Tensor order = at::empty({ids.numel()}, numbers.options());
-  const at::Tensor offsets = at::empty({num + 1}, numbers.options());
-  sort_positions(numbers.const_data_ptr<int32_t>(), ids.numel(), num, order.data_ptr<int32_t>(),
-                 offsets.data_ptr<int32_t>());
-  return {order, offsets};
-}
-
-TORCH_LIBRARY_IMPL(spade_fast_native, CPU, m) {
-  m.impl("patterns", patterns);
-  m.impl("segments", segments);
-}
+TORCH_LIBRARY_IMPL(spade_fast_native, CPU, m) { m.impl("patterns", patterns); }
 
 }  // namespace
 }  // namespace spade_fast::cpu

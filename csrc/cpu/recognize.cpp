@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// recognize: whether a map is exactly one-hot, and its label codes, in one pass that ends at the first other value.
+// recognize: whether a map is exactly one-hot, and its label codes. One pass, which ends at the first other value.
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
@@ -11,10 +11,11 @@
 namespace spade_fast::cpu {
 namespace {
 
-// Values are compared as bits: 1 has one representation in each type; 0 may have a sign, in floating point.
+// Values are compared as bits. 1 has one representation in each type. 0 may have a sign in floating point.
 template <typename T>
 struct Bits {
-  T one, magnitude;  // magnitude: all bits of a value but a sign that 0 may have
+  T one;        // the bits of 1
+  T magnitude;  // a mask of all bits, without the sign in floating point
 };
 
 template <typename T>
@@ -31,13 +32,13 @@ Bits<T> bits(at::ScalarType type) {
 
 constexpr int64_t kPixels = 2048;  // of a block: its sums stay in the first-level cache
 
-// What is known of a block of pixels: how many of the channels before the last are 1, the sum of their numbers, and
+// For each pixel of a block: how many channels before the last are 1, the sum of the numbers of these channels, and
 // whether the last channel is 1.
 struct Block {
   uint32_t count[kPixels], label[kPixels], last[kPixels];
 };
 
-// Adds channel `number` of `size` pixels; whether a value is neither 0 nor 1. unit: pixels are adjacent.
+// Adds channel `number` of `size` pixels. Returns whether a value is neither 0 nor 1. unit: pixels are adjacent.
 template <bool unit, typename T>
 SPADE_FAST_CLONES bool add_channel(const T* values, int64_t step, int64_t size, Bits<T> is, uint32_t number,
                                    uint32_t* __restrict count, uint32_t* __restrict label) {
@@ -52,7 +53,7 @@ SPADE_FAST_CLONES bool add_channel(const T* values, int64_t step, int64_t size, 
   return other != 0;
 }
 
-// One pixel's channels before the last; whether a value is neither 0 nor 1.
+// Adds one pixel's channels before the last. Returns whether a value is neither 0 nor 1.
 template <bool unit, typename T>
 SPADE_FAST_CLONES bool add_pixel(const T* values, int64_t step, int64_t channels, Bits<T> is, uint32_t* count,
                                  uint32_t* label) {
@@ -70,63 +71,88 @@ SPADE_FAST_CLONES bool add_pixel(const T* values, int64_t step, int64_t channels
   return other != 0;
 }
 
+// What the pixels of a block were found to be.
+struct Found {
+  bool one_hot;          // at most one channel before the last is 1 in each pixel, all others are 0
+  bool last_is_a_label;  // the last channel is never 1 beside another
+};
+
+// Reads pixels from `values` on and writes their codes, unless they are not one-hot.
+template <typename T>
+class BlockReader {
+ public:
+  BlockReader(const at::Tensor& map)
+      : before_(map.size(1) - 1), channel_(map.stride(1)), pixel_(map.stride(3)), is_(bits<T>(map.scalar_type())) {}
+
+  Found read(const T* values, int64_t size, Block& block, int32_t* codes) const {
+    std::memset(&block, 0, sizeof(Block));
+    if (!read_labels(values, size, block) || !read_last(values, size, block)) return {false, true};
+    uint32_t most = 0, both = 0;
+    for (int64_t p = 0; p < size; ++p) {
+      const uint32_t count = block.count[p], last = block.last[p];
+      most = std::max(most, count);
+      both |= count & last;
+      codes[p] = static_cast<int32_t>((count ? block.label[p] : static_cast<uint32_t>(before_)) * 2 + last);
+    }
+    return {most <= 1, both == 0};
+  }
+
+ private:
+  // The channels before the last, in the order of memory. Returns whether all values are 0 or 1.
+  bool read_labels(const T* values, int64_t size, Block& block) const {
+    bool other = false;
+    if (before_ > 0 && channel_ < pixel_) {
+      for (int64_t p = 0; p < size && !other; ++p) {
+        const T* from = values + p * pixel_;
+        other = channel_ == 1 ? add_pixel<true>(from, 1, before_, is_, block.count + p, block.label + p)
+                              : add_pixel<false>(from, channel_, before_, is_, block.count + p, block.label + p);
+      }
+    } else {
+      for (int64_t c = 0; c < before_ && !other; ++c) other = read_channel(values, size, c, block.count, block.label);
+    }
+    return !other;
+  }
+
+  bool read_last(const T* values, int64_t size, Block& block) const {
+    uint32_t unused[kPixels] = {};  // the sums of a single channel's number
+    return !read_channel(values, size, before_, block.last, unused);
+  }
+
+  bool read_channel(const T* values, int64_t size, int64_t c, uint32_t* count, uint32_t* label) const {
+    const T* from = values + c * channel_;
+    return pixel_ == 1 ? add_channel<true>(from, 1, size, is_, static_cast<uint32_t>(c), count, label)
+                       : add_channel<false>(from, pixel_, size, is_, static_cast<uint32_t>(c), count, label);
+  }
+
+  const int64_t before_, channel_, pixel_;
+  const Bits<T> is_;
+};
+
 template <typename T>
 int64_t recognize_as(const at::Tensor& map, int32_t* codes) {
-  const int64_t n = map.size(0), channels = map.size(1), h = map.size(2), w = map.size(3), before = channels - 1;
-  const int64_t channel = map.stride(1), pixel = map.stride(3);
-  const bool whole = map.stride(2) == w * pixel || h == 1;  // rows follow one another: an image is one long row
+  const int64_t n = map.size(0), channels = map.size(1), h = map.size(2), w = map.size(3), pixel = map.stride(3);
+  const bool whole = map.stride(2) == w * pixel || h == 1;  // rows follow one another, so an image is one long row
   const int64_t rows = whole ? n : n * h, length = whole ? h * w : w;
   const int64_t blocks = (length + kPixels - 1) / kPixels;
-  const bool by_pixel = channels > 1 && channel < pixel;
   const T* data = static_cast<const T*>(map.const_data_ptr());
-  const Bits<T> is = bits<T>(map.scalar_type());
-  std::atomic<bool> one_hot{true}, single{true};
-  at::parallel_for(
-      0, rows * blocks, std::max<int64_t>(1, 16384 / (kPixels * channels)), [&](int64_t begin, int64_t end) {
-        const auto block = std::make_unique<Block>();
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t row = i / blocks, first = i % blocks * kPixels, size = std::min(kPixels, length - first);
-          const T* values = data + (whole ? row * map.stride(0) : row / h * map.stride(0) + row % h * map.stride(2));
-          values += first * pixel;
-          std::memset(block.get(), 0, sizeof(Block));
-          bool other = false;
-          const auto plane = [&](int64_t c, uint32_t* count, uint32_t* label) {
-            const T* from = values + c * channel;
-            other |= pixel == 1 ? add_channel<true>(from, 1, size, is, static_cast<uint32_t>(c), count, label)
-                                : add_channel<false>(from, pixel, size, is, static_cast<uint32_t>(c), count, label);
-          };
-          if (by_pixel) {
-            for (int64_t p = 0; p < size && !other; ++p) {
-              const T* from = values + p * pixel;
-              other = channel == 1 ? add_pixel<true>(from, 1, before, is, block->count + p, block->label + p)
-                                   : add_pixel<false>(from, channel, before, is, block->count + p, block->label + p);
-            }
-          } else {
-            for (int64_t c = 0; c < before && !other; ++c) plane(c, block->count, block->label);
-          }
-          uint32_t most = 0, both = 0;
-          if (!other) {
-            // The sum of numbers of the last channel alone is of no use: it goes where nothing is read any more.
-            uint32_t unused[kPixels];
-            std::memset(unused, 0, sizeof(unused));
-            plane(before, block->last, unused);
-            int32_t* out = codes + row * length + first;
-            for (int64_t p = 0; p < size; ++p) {
-              const uint32_t count = block->count[p], last = block->last[p];
-              most = std::max(most, count);
-              both |= count & last;
-              out[p] = static_cast<int32_t>((count ? block->label[p] : static_cast<uint32_t>(before)) * 2 + last);
-            }
-          }
-          if (both) single.store(false, std::memory_order_relaxed);
-          if (other || most > 1) one_hot.store(false, std::memory_order_relaxed);
-          if (!one_hot.load(std::memory_order_relaxed)) return;
-        }
-      });
+  const BlockReader<T> reader(map);
+  std::atomic<bool> one_hot{true}, last_is_a_label{true};
+  const int64_t grain = std::max<int64_t>(1, 16384 / (kPixels * channels));
+  at::parallel_for(0, rows * blocks, grain, [&](int64_t begin, int64_t end) {
+    const auto block = std::make_unique<Block>();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / blocks, first = i % blocks * kPixels, size = std::min(kPixels, length - first);
+      const T* values = data + (whole ? row * map.stride(0) : row / h * map.stride(0) + row % h * map.stride(2));
+      const Found found = reader.read(values + first * pixel, size, *block, codes + row * length + first);
+      if (!found.last_is_a_label) last_is_a_label.store(false, std::memory_order_relaxed);
+      if (!found.one_hot) one_hot.store(false, std::memory_order_relaxed);
+      if (!one_hot.load(std::memory_order_relaxed)) return;
+    }
+  });
   if (!one_hot) return 0;
-  if (!single) return 2;
+  if (!last_is_a_label) return 2;
   const auto num = static_cast<int32_t>(channels);
-  for (int64_t i = 0; i < n * h * w; ++i)  // the last channel is a label
+  for (int64_t i = 0; i < n * h * w; ++i)  // the last channel is a label, not an edge
     codes[i] = codes[i] >> 1 < num - 1 ? codes[i] >> 1 : num - (codes[i] & 1);
   return 1;
 }

@@ -21,7 +21,8 @@ inline __attribute__((always_inline)) void sum_block(const A* rows, int64_t stri
   for (int v = 0; v < size; ++v) reinterpret_cast<V*>(sum)[v] = total[v];
 }
 
-// sum[i] = start[i] + Σ weights[r] * rows[numbers[r] * stride + i]; start may be null, and weights without `weighted`.
+// sum[i] = start[i] + Σ weights[r] * rows[numbers[r] * stride + i]. start may be null, and without `weighted` weights
+// too.
 template <bool weighted, typename A, typename Number>
 SPADE_FAST_CLONES void sum_rows(const A* rows, int64_t stride, int64_t width, const Number* numbers, const A* weights,
                                 int64_t count, const A* start, A* sum) {
@@ -43,7 +44,8 @@ SPADE_FAST_CLONES void sum_rows(const A* rows, int64_t stride, int64_t width, co
   }
 }
 
-// sums [segments, width] of the rows of each segment, whose numbers are at order; rows are `stride` elements apart.
+// sums [segments, width] of the rows of each segment. order has the numbers of the rows, which are `stride` elements
+// apart.
 template <typename A>
 void sum_segments(const A* rows, int64_t stride, int64_t width, const int32_t* order, const Pieces& pieces, A* sums) {
   const auto partial = buffer<A>(pieces.slots * width);

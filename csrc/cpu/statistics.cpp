@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// statistics: mean and summed squared deviation of each channel. Blocks of a fixed size are summed once, about the mean
-// of a few of their elements, then combined in order (Chan et al. 1979): a large mean costs no digits, and the result
-// is the same bits for any number of threads.
+// statistics: mean and summed squared deviation of each channel. Blocks of a fixed size are summed once, as deviations
+// from the mean of a few of their elements, so a large mean costs no digits. The blocks are combined in order (Chan et
+// al. 1979), so the result has the same bits for any number of threads.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -39,7 +39,7 @@ SPADE_FAST_CLONES void add_deviations(Tile<const A> rows, int64_t count, int64_t
 }
 
 constexpr int64_t kLanes = 64;    // independent sums over the elements of a plane
-constexpr int64_t kSamples = 16;  // elements whose mean a block is summed about
+constexpr int64_t kSamples = 16;  // elements of a block whose mean the deviations are taken from
 
 template <typename T, typename A>
 SPADE_FAST_CLONES void add_element_deviations(const T* values, int64_t count, A shift, A* __restrict lanes,
@@ -58,7 +58,7 @@ SPADE_FAST_CLONES void add_element_deviations(const T* values, int64_t count, A 
   }
 }
 
-// Count, mean and M2 of every channel of blocks of the images: count [blocks], mean and m2 [N, blocks, C].
+// Count, mean and M2 of every channel in every block of the images: count [blocks], mean and m2 [N, blocks, C].
 struct Moments {
   int64_t channels, blocks;
   std::vector<int64_t> count;
@@ -71,7 +71,7 @@ struct Moments {
         mean(buffer<double>(n * blocks * c)),
         m2(buffer<double>(n * blocks * c)) {}
 
-  // From the sums of size elements' deviations from shift, and of their squares.
+  // Sets one element from the sums of `size` deviations from shift, and of their squares.
   void set(int64_t index, int64_t size, double shift, double sum, double squares) {
     const double inverse = 1.0 / static_cast<double>(size);
     mean[index] = shift + sum * inverse;
@@ -79,7 +79,7 @@ struct Moments {
   }
 };
 
-// mean, m2 [C] of `count` elements joined with those of another `more`.
+// Joins mean and m2 [C] of `count` elements with those of `more` other elements.
 SPADE_FAST_CLONES void join(double* __restrict mean, double* __restrict m2, double count, const double* other_mean,
                             const double* other_m2, double more, int64_t channels) {
   const double share = more / (count + more), cross = count * share;
@@ -90,12 +90,12 @@ SPADE_FAST_CLONES void join(double* __restrict mean, double* __restrict m2, doub
   }
 }
 
-// Blocks of pixels: for channels adjacent in memory, right for any layout.
+// Blocks of pixels. Right for any layout, fast where the channels of a pixel are adjacent.
 template <typename A>
 Moments by_pixels(const View& x, int64_t n, int64_t c, int64_t h, int64_t w) {
   // About 128 KiB a block, in units of tiles of a row.
-  const int64_t tile = std::min<int64_t>(tile_pixels(c), 32), tiles_per_row = (w + tile - 1) / tile,
-                tiles = h * tiles_per_row;
+  const int64_t tile = std::min<int64_t>(tile_pixels(c), 32);
+  const int64_t tiles_per_row = (w + tile - 1) / tile, tiles = h * tiles_per_row;
   const int64_t pixels = std::clamp<int64_t>(32768 / c, 8, 512);
   const int64_t block = std::max<int64_t>(1, pixels / std::min(tile, w));
   const int64_t blocks = (tiles + block - 1) / block;
@@ -129,7 +129,7 @@ Moments by_pixels(const View& x, int64_t n, int64_t c, int64_t h, int64_t w) {
   return moments;
 }
 
-// The same where the pixels of a channel are adjacent: blocks of 16384 of a plane's elements, or of its rows.
+// Blocks of a plane's elements, where the pixels of a channel are adjacent: parts of a row, or whole rows.
 template <typename T, typename A>
 Moments by_planes(const View& x, int64_t n, int64_t c, int64_t h, int64_t w) {
   constexpr int64_t kBlock = 16384;
@@ -137,7 +137,8 @@ Moments by_planes(const View& x, int64_t n, int64_t c, int64_t h, int64_t w) {
     w *= h;
     h = 1;
   }
-  const int64_t cuts = (w + kBlock - 1) / kBlock, rows = std::max<int64_t>(1, kBlock / w);  // of a row; a block
+  const int64_t cuts = (w + kBlock - 1) / kBlock;         // blocks along a row
+  const int64_t rows = std::max<int64_t>(1, kBlock / w);  // rows of a block
   const int64_t chunks = (h + rows - 1) / rows;
   const int64_t blocks = cuts * chunks;
   Moments moments(n, c, blocks);
@@ -180,16 +181,16 @@ template <typename A>
 void fill(const at::Tensor& x, bool per_sample, A* mean, A* m2) {
   const Moments parts = moments<A>(x);
   const int64_t n = x.size(0), c = x.size(1), groups = per_sample ? n : 1, images = per_sample ? 1 : n;
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t group = 0; group < groups; ++group) {
     std::vector<double> total_mean(c, 0.0), total_m2(c, 0.0);
     int64_t count = 0;
     for (int64_t i = 0; i < images * parts.blocks; ++i) {
-      const int64_t first = (g * images * parts.blocks + i) * c, size = parts.count[i % parts.blocks];
+      const int64_t first = (group * images * parts.blocks + i) * c, size = parts.count[i % parts.blocks];
       join(total_mean.data(), total_m2.data(), count, parts.mean.get() + first, parts.m2.get() + first, size, c);
       count += size;
     }
-    std::copy(total_mean.begin(), total_mean.end(), mean + g * c);
-    std::copy(total_m2.begin(), total_m2.end(), m2 + g * c);
+    std::copy(total_mean.begin(), total_mean.end(), mean + group * c);
+    std::copy(total_m2.begin(), total_m2.end(), m2 + group * c);
   }
 }
 

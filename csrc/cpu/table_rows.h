@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of a table that codes stand for: what embedding_sum and label_conv share.
+// The rows of a table that codes stand for. embedding_sum and label_conv share them.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -9,12 +9,12 @@
 namespace spade_fast::cpu {
 namespace {
 
-// A table [T, L, Hd] as rows of Hd: the one of a tap and a label has number tap * steps.tap + label * steps.label.
+// Numbers the rows of a table [T, L, Hd]: the row of a tap and a label is number tap * steps.tap + label * steps.label.
 struct Steps {
   int64_t tap, label;
 };
 
-// Rows of the table [T, rows, Hd] that one row of codes adds up; returns how many. numbers [2T].
+// Finds the rows of the table [T, rows, Hd] that one row of codes adds up. Returns how many they are. numbers [2T].
 inline int64_t row_numbers(const int32_t* codes, int64_t taps, int64_t rows, Steps steps, bool edges,
                            int64_t* numbers) {
   int64_t count = 0;
@@ -28,8 +28,8 @@ inline int64_t row_numbers(const int32_t* codes, int64_t taps, int64_t rows, Ste
   return count;
 }
 
-// The table's rows in the dtype of the sums. A convolution's weight [Hd, L, k, k], whose taps and labels lie together
-// in memory, is transposed in blocks, its rows in the order in which they lie there.
+// The table's rows in the type of the sums. The table may be a convolution's weight [Hd, L, k, k], where taps and
+// labels are adjacent in memory. It is then transposed in blocks, and its rows keep the order of memory.
 template <typename A>
 std::pair<at::Tensor, Steps> table_rows(const at::Tensor& table) {
   const int64_t taps = table.size(0), rows = table.size(1), width = table.size(2);

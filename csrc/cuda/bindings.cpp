@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA implementations of the native operations: tensors in, launchers of launchers.h, tensors out.
 //
-// Layouts and types that the kernels do not take are converted first. Nothing here links to a CUDA build of torch:
-// the device guard is virtual, and the current stream is looked up in libtorch_cuda when it is needed. Compiled with
-// SPADE_FAST_ON_CPU (tests only), the same code runs the kernels of tests/cuda_on_cpu.h on CPU tensors.
+// Layouts and types that the kernels do not take are converted first. Nothing here links to a CUDA build of torch: the
+// device guard is virtual, and the current stream is looked up in libtorch_cuda when it is needed. With
+// SPADE_FAST_ON_CPU, for tests only, the same code runs the kernels on CPU tensors (tests/support/cuda_on_cpu.h).
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
@@ -83,7 +83,7 @@ OptionalTensor as(const OptionalTensor& t, at::ScalarType dtype) {
 
 const void* pointer(const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
 
-// The layout of outputs shaped like x: channels-last where x's channels are adjacent in memory.
+// The layout of outputs with the shape of x: channels-last if x's channels are adjacent in memory.
 at::MemoryFormat format_of(const Tensor& x) {
   return x.size(1) > 1 && x.stride(1) == 1 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
@@ -103,27 +103,28 @@ std::tuple<Tensor, Tensor, Tensor> patterns(const Tensor& codes_, int64_t kernel
                                  memory.mutable_data_ptr(), stream),
         "patterns");
   const int64_t found = read_int(total, stream);
-  Tensor ids = empty_like(codes, {n, h, w}, at::kInt);
+  Tensor pattern_ids = empty_like(codes, {n, h, w}, at::kInt);
   Tensor taps = empty_like(codes, {found, kernel_size * kernel_size}, at::kInt);
   Tensor counts = empty_like(codes, {n}, at::kLong);
   check(spade_fast_patterns_write(ints(codes), n, h, w, int(kernel_size), found, ints(total),
-                                  ids.mutable_data_ptr<int32_t>(), taps.mutable_data_ptr<int32_t>(),
+                                  pattern_ids.mutable_data_ptr<int32_t>(), taps.mutable_data_ptr<int32_t>(),
                                   counts.mutable_data_ptr<int64_t>(), nullptr, memory.mutable_data_ptr(), stream),
         "patterns");
-  return {ids, taps, counts};
+  return {pattern_ids, taps, counts};
 }
 
-std::tuple<Tensor, Tensor> segments(const Tensor& ids_, int64_t num) {
-  const c10::DeviceGuard guard(ids_.device());
-  TORCH_CHECK(ids_.numel() < (int64_t(1) << 31), "spade_fast::segments: at most 2**31 - 1 positions, got ",
-              ids_.numel());
-  const Tensor ids = as(ids_, at::kInt);
-  const int64_t count = ids.numel();
-  Tensor order = empty_like(ids, {count}, at::kInt), offsets = empty_like(ids, {num + 1}, at::kInt);
-  const Tensor memory = workspace(ids, spade_fast_segments_workspace(count, num));
-  check(spade_fast_segments(ints(ids), count, num, order.mutable_data_ptr<int32_t>(),
-                            offsets.mutable_data_ptr<int32_t>(), memory.mutable_data_ptr(), current_stream(ids)),
-        "segments");
+std::tuple<Tensor, Tensor> segments(const Tensor& segment_ids_, int64_t num) {
+  const c10::DeviceGuard guard(segment_ids_.device());
+  TORCH_CHECK(segment_ids_.numel() < (int64_t(1) << 31), "spade_fast::segments: at most 2**31 - 1 positions, got ",
+              segment_ids_.numel());
+  const Tensor segment_ids = as(segment_ids_, at::kInt);
+  const int64_t count = segment_ids.numel();
+  Tensor order = empty_like(segment_ids, {count}, at::kInt), offsets = empty_like(segment_ids, {num + 1}, at::kInt);
+  const Tensor memory = workspace(segment_ids, spade_fast_segments_workspace(count, num));
+  check(
+      spade_fast_segments(ints(segment_ids), count, num, order.mutable_data_ptr<int32_t>(),
+                          offsets.mutable_data_ptr<int32_t>(), memory.mutable_data_ptr(), current_stream(segment_ids)),
+      "segments");
   return {order, offsets};
 }
 
@@ -179,25 +180,28 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& x_, bool per_sample) {
   return {mean, m2};
 }
 
-// What modulation and its backward give to the kernels, and the converted tensors that it points into.
+// What modulation and its backward give to the kernels, and the converted tensors whose memory it points to.
 struct Modulation {
   Tensor x;
-  OptionalTensor mean, rstd, ids;
+  OptionalTensor mean, rstd, pattern_ids;
   std::vector<Tensor> params;
   spade_fast_modulation_args args{};
 
   Modulation(const char* op, const Tensor& x_, const OptionalTensor& mean_, const OptionalTensor& rstd_,
-             at::TensorList params_, const OptionalTensor& ids_, at::ArrayRef<double> slopes, int64_t upsample,
+             at::TensorList params_, const OptionalTensor& pattern_ids_, at::ArrayRef<double> slopes, int64_t upsample,
              at::MemoryFormat format)
-      : x(x_.contiguous(format)), mean(as(mean_, at::kFloat)), rstd(as(rstd_, at::kFloat)), ids(as(ids_, at::kInt)) {
+      : x(x_.contiguous(format)),
+        mean(as(mean_, at::kFloat)),
+        rstd(as(rstd_, at::kFloat)),
+        pattern_ids(as(pattern_ids_, at::kInt)) {
     args.dtype = dtype_of(x_, op, "x");
-    // The kernels take params in x's type or in float32, both alike; anything else is exact in float32.
+    // The kernels take all params in x's type, or all in float32. Other types are converted to float32, exactly.
     at::ScalarType dtype = params_[0].scalar_type();
     for (const Tensor& p : params_) {
       dtype_of(p, op, "params");
       if (p.scalar_type() != x.scalar_type() || p.scalar_type() != dtype) dtype = at::kFloat;
     }
-    const bool dense = !ids_.has_value();
+    const bool dense = !pattern_ids_.has_value();
     for (const Tensor& p : params_) {
       params.push_back(p.to(dtype).contiguous(dense ? format : at::MemoryFormat::Contiguous));
     }
@@ -212,63 +216,64 @@ struct Modulation {
     args.x = x.const_data_ptr();
     args.mean = static_cast<const float*>(pointer(mean));
     args.rstd = static_cast<const float*>(pointer(rstd));
-    args.ids = static_cast<const int32_t*>(pointer(ids));
-    for (size_t m = 0; m < params.size(); ++m) {
-      args.params[m] = params[m].const_data_ptr();
-      args.slopes[m] = float(slopes[m]);
+    args.pattern_ids = static_cast<const int32_t*>(pointer(pattern_ids));
+    for (size_t i = 0; i < params.size(); ++i) {
+      args.params[i] = params[i].const_data_ptr();
+      args.slopes[i] = float(slopes[i]);
     }
   }
 };
 
 std::vector<Tensor> modulation(const Tensor& x, const OptionalTensor& mean, const OptionalTensor& rstd,
-                               at::TensorList params, const OptionalTensor& ids, const OptionalTensor&,
+                               at::TensorList params, const OptionalTensor& pattern_ids, const OptionalTensor&,
                                const OptionalTensor&, at::ArrayRef<double> slopes, int64_t upsample, bool) {
   const c10::DeviceGuard guard(x.device());
   const at::MemoryFormat format = format_of(x);
-  const Modulation call("modulation", x, mean, rstd, params, ids, slopes, upsample, format);
+  const Modulation call("modulation", x, mean, rstd, params, pattern_ids, slopes, upsample, format);
   std::vector<Tensor> outs;
   std::array<void*, 2> to{};
-  for (size_t m = 0; m < params.size(); ++m) {
+  for (size_t i = 0; i < params.size(); ++i) {
     outs.push_back(
         empty_like(x, {x.size(0), x.size(1), x.size(2) * upsample, x.size(3) * upsample}, x.scalar_type(), format));
-    to[m] = outs[m].mutable_data_ptr();
+    to[i] = outs[i].mutable_data_ptr();
   }
   check(spade_fast_modulation(&call.args, to.data(), current_stream(x)), "modulation");
   return outs;
 }
 
 std::vector<Tensor> modulation_backward(at::TensorList douts_, const Tensor& x, const OptionalTensor& mean,
-                                        const OptionalTensor& rstd, at::TensorList params, const OptionalTensor& ids,
-                                        const OptionalTensor& order_, const OptionalTensor& offsets_,
-                                        at::ArrayRef<double> slopes, int64_t upsample, bool stats) {
+                                        const OptionalTensor& rstd, at::TensorList params,
+                                        const OptionalTensor& pattern_ids, const OptionalTensor& order_,
+                                        const OptionalTensor& offsets_, at::ArrayRef<double> slopes, int64_t upsample,
+                                        bool stats_from_x) {
   const c10::DeviceGuard guard(x.device());
   const char* const op = "modulation_backward";
   const auto channels_last = at::MemoryFormat::ChannelsLast;
-  // Pass 1 gathers pixels: whatever the layout, it reads rows of channels.
-  const Modulation call(op, x, mean, rstd, params, ids, slopes, upsample, channels_last);
+  // Pass 1 gathers pixels, so it needs each pixel's channels in a row.
+  const Modulation call(op, x, mean, rstd, params, pattern_ids, slopes, upsample, channels_last);
   OptionalTensor order = as(order_, at::kInt), offsets = as(offsets_, at::kInt);
-  if (ids.has_value() && !(order.has_value() && offsets.has_value())) {
-    std::tie(order, offsets) = segments(*call.ids, call.args.patterns);
+  if (pattern_ids.has_value() && !(order.has_value() && offsets.has_value())) {
+    std::tie(order, offsets) = segments(*call.pattern_ids, call.args.patterns);
   }
   std::vector<Tensor> douts, gradients;
   std::array<const void*, 2> from{};
   std::array<void*, 2> to{};
   Tensor dx = empty_like(x, x.sizes(), x.scalar_type(), channels_last);
-  for (size_t m = 0; m < params.size(); ++m) {
-    const Tensor& p = call.params[m];
-    douts.push_back(douts_[m].to(x.scalar_type()).contiguous(channels_last));
+  for (size_t i = 0; i < params.size(); ++i) {
+    const Tensor& p = call.params[i];
+    douts.push_back(douts_[i].to(x.scalar_type()).contiguous(channels_last));
     gradients.push_back(
         empty_like(p, p.sizes(), p.scalar_type(), p.dim() == 4 ? channels_last : at::MemoryFormat::Contiguous));
-    from[m] = douts[m].const_data_ptr();
-    to[m] = gradients[m].mutable_data_ptr();
+    from[i] = douts[i].const_data_ptr();
+    to[i] = gradients[i].mutable_data_ptr();
   }
   const Tensor memory = workspace(x, spade_fast_modulation_backward_workspace(&call.args));
   check(spade_fast_modulation_backward(&call.args, from.data(), static_cast<const int32_t*>(pointer(order)),
-                                       static_cast<const int32_t*>(pointer(offsets)), stats, dx.mutable_data_ptr(),
-                                       to.data(), memory.mutable_data_ptr(), current_stream(x)),
+                                       static_cast<const int32_t*>(pointer(offsets)), stats_from_x,
+                                       dx.mutable_data_ptr(), to.data(), memory.mutable_data_ptr(), current_stream(x)),
         op);
   std::vector<Tensor> results{dx.contiguous(format_of(x))};
-  for (size_t m = 0; m < params.size(); ++m) results.push_back(gradients[m].to(params[m].scalar_type()));
+  for (size_t i = 0; i < params.size(); ++i) results.push_back(gradients[i].to(params[i].scalar_type()));
   return results;
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the CUDA kernels share: launching, element types, vectors of memory, division by run-time constants, and how a
-// block's threads are laid over rows of channels. The same source runs on a CPU under tests/cuda_on_cpu.h.
+// block's threads are laid over rows of channels. Tests run the same source on a CPU (tests/support/cuda_on_cpu.h).
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@ namespace spade_fast {
     if (status != cudaSuccess) return status; \
   } while (0)
 
-// Launch, and return the status from the launcher if it failed. The kernel's name goes in parentheses: it has commas.
+// Launches a kernel, and returns the status from the launcher if that failed. A name with commas goes in parentheses.
 #define SPADE_FAST_RUN(kernel, grid, stream, ...)                               \
   do {                                                                          \
     SPADE_FAST_LAUNCH(kernel, grid, spade_fast::kThreads, stream, __VA_ARGS__); \
@@ -82,7 +82,7 @@ __device__ __forceinline__ uint16_t bits_of<bfloat_t>(float value) {
   return __nv_bfloat16_raw(__float2bfloat16_rn(value)).x;
 }
 
-// BYTES of memory in registers; the widest loads and stores that BYTES allows (its alignment is that width).
+// BYTES of memory in registers. Loads and stores are as wide as BYTES allows, and addresses are aligned to that width.
 template <int BYTES>
 struct Words {
   static constexpr int kCount = BYTES / 4;
@@ -125,7 +125,7 @@ struct Words<2> {
   __device__ __forceinline__ void store(void* to) const { *static_cast<uint16_t*>(to) = word[0]; }
 };
 
-// VEC elements of type T as they are in memory: loaded ahead, converted when used.
+// VEC elements of type T as they are in memory. They are loaded ahead of their use and converted when they are used.
 template <typename T, int VEC>
 struct Vector {
   Words<int(sizeof(T)) * VEC> raw;
@@ -181,9 +181,10 @@ __device__ __forceinline__ void load_or(float (&values)[VEC], const float* from,
 
 // ---- rows of channels ----
 
-// How a block's threads lie over rows of `vectors` vectors: threads of a row are adjacent, each keeps its column.
+// How a block's threads lie over rows of `vectors` vectors. Threads of a row are adjacent, and each keeps its column.
 struct RowTiling {
-  uint32_t columns, rows, blocks;  // vectors of a row and rows in a block; blocks side by side along a row
+  uint32_t columns, rows;  // of a block: vectors of a row, and rows
+  uint32_t blocks;         // side by side along a row
   FastDiv by_columns;
 
   explicit RowTiling(int64_t vectors)
@@ -199,7 +200,7 @@ struct RowTiling {
 
 // ---- choosing among instantiations ----
 
-// Calls f(T()) for an element type; cudaErrorInvalidValue for none.
+// Calls f(T()) for an element type. Returns cudaErrorInvalidValue if there is no such type.
 template <typename F>
 cudaError_t with_type(int dtype, F&& f) {
   switch (dtype) {
@@ -210,7 +211,7 @@ cudaError_t with_type(int dtype, F&& f) {
   }
 }
 
-// Calls f(T(), P()) for the supported types of activation and parameters: equal, or float32 parameters.
+// Calls f(T(), P()) for the types of activation and parameters. They are equal, or parameters are float32.
 template <typename F>
 cudaError_t with_types(int dtype, int params_dtype, F&& f) {
   if (params_dtype != SPADE_FAST_FLOAT32 && params_dtype != dtype) return cudaErrorInvalidValue;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// embedding_sum: per row of codes, the sum of one table row a tap (+ bias, ReLU), and its backward by segments.
+// embedding_sum: for each row of codes, the sum of one table row a tap, then bias and ReLU. And its backward by
+// segments.
 #include <initializer_list>
 
 #include "reduce.cuh"
@@ -11,7 +12,7 @@ namespace {
 constexpr int kTarget = 1024;  // blocks wanted where each has a range
 constexpr int kGather = 4;     // columns of a thread in backward
 
-// Row of one tap's table [rows, width] that a code stands for, -1: none.
+// The rows of one tap's table [rows, width] that a code stands for, for its label and for its edge. -1: none.
 __device__ __forceinline__ int32_t label_row(int32_t code, int32_t rows, bool edges) {
   const int32_t label = edges ? code >> 1 : code;  // -1 stays -1
   return label < rows - int32_t(edges) ? label : -1;
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
   store_floats<T, VEC>(out + index * width + column, sum);
 }
 
-// numbers [q, taps] or, with edges, [q, 2·taps]: labels' rows first, then edges'.
+// numbers [q, taps], or with edges [q, 2·taps]: the rows of the labels, then the rows of the edges.
 __global__ void __launch_bounds__(kThreads) embedding_rows_kernel(const int32_t* codes, int64_t count, int64_t taps,
                                                                   int32_t rows, bool edges, int32_t* numbers) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -83,7 +84,7 @@ __device__ __forceinline__ void add_gated(float (&sum)[VEC], const Vector<T, VEC
   for (int v = 0; v < VEC; ++v) sum[v] += !relu || out.get(v) > 0.0f ? dout.get(v) : 0.0f;
 }
 
-// A piece of the sorted positions, VEC columns a thread: sums of dout's rows by table row.
+// Sums dout's rows by table row, over a piece of the sorted positions. A thread has VEC columns.
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kThreads)
     embedding_table_kernel(const T* dout, const T* out, const int32_t* numbers, const int32_t* order, FastDiv by_row,
@@ -92,18 +93,15 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC, width = to.width;
   const uint32_t index = blockIdx.x * tiling.rows + row;
   if (row >= tiling.rows || column >= width || index >= to.pieces) return;
-  const bool lead = column == 0;
-  Piece piece(to, index);
-  int32_t current = -1;
-  float sum[VEC];
-  fill(sum, 0.0f);
-  for (int64_t i = piece.lo; i < piece.hi; i += kAhead) {
+  Piece piece(to, index, column == 0);
+  RunningSum<VEC> sum(piece, column);
+  for (int64_t i = piece.first; i < piece.last; i += kAhead) {
     int32_t key[kAhead];
     Vector<T, VEC> value[kAhead], gate[kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      const uint32_t entry = uint32_t(__ldg(order + min(i + j, piece.hi - 1)));
-      key[j] = i + j < piece.hi ? __ldg(numbers + entry) : -1;
+      const uint32_t entry = uint32_t(__ldg(order + min(i + j, piece.last - 1)));
+      key[j] = i + j < piece.last ? __ldg(numbers + entry) : -1;
       const int64_t at = int64_t(by_row.div(entry)) * width + column;
       if (key[j] < 0) continue;
       value[j].load(dout + at);
@@ -112,19 +110,15 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       if (key[j] < 0) continue;
-      if (key[j] != current) {
-        if (current >= 0) store_sum(to, piece.slot(to, current, lead), current, column, sum);
-        current = key[j];
-        fill(sum, 0.0f);
-      }
-      add_gated(sum, value[j], gate[j], relu);
+      sum.enter(key[j]);
+      add_gated(sum.value, value[j], gate[j], relu);
     }
   }
-  if (current >= 0) store_sum(to, piece.slot(to, current, lead), current, column, sum);
-  piece.finish(to, lead);
+  sum.leave();
+  piece.finish();
 }
 
-// Block (range of rows, columns): the range's column sums, a row of parts.
+// A block sums the columns of a range of rows, and writes a row of parts.
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kThreads)
     embedding_bias_kernel(const T* dout, const T* out, int64_t q, uint32_t width, bool relu, int64_t span,
@@ -183,7 +177,7 @@ cudaError_t run_backward(const Backward& b, const T* dout, const T* out, T* dtab
   char* const scratch = b.workspace + w.sums_bytes;
   SPADE_FAST_CHECK(cudaMemsetAsync(sums, 0, size_t(elements) * sizeof(float), b.stream));
   if (b.per_row > 0 && b.table_rows > 0) {
-    const SegmentSums to = w.plan.first(b.offsets, sums, sums, b.width, scratch);
+    const SegmentSums to = w.plan.first_level(b.offsets, sums, sums, b.width, scratch);
     SPADE_FAST_RUN((embedding_table_kernel<T, VEC>), dim3(ceil_div(to.pieces, tiling.rows), tiling.blocks), b.stream,
                    dout, out, b.numbers, b.order, FastDiv(uint32_t(b.per_row)), b.relu, to, tiling);
     SPADE_FAST_CHECK(w.plan.combine(to, scratch, b.stream));

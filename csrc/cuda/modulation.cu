@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // modulation: normalize, scale and shift by pattern or per pixel, LeakyReLU, nearest ×2 of the input, in one pass.
 //
-// A thread has a vector of channels of one pixel of the *small* x (a few pixels where nothing is enlarged), so each
-// element of x is read once also when it is upsampled and when there are two outputs. All loads of x and ids are issued
-// first: a thread has 32 bytes of x in flight before it waits for table rows, which come from the caches.
+// A thread has a vector of channels of one pixel of the *small* x, or of a few pixels where nothing is enlarged. So
+// each element of x is read once, even if it is upsampled and there are two outputs. All loads of x and of pattern
+// pattern_ids are issued first: a thread has 32 bytes of x in flight before it waits for rows of the table, which come
+// from the caches.
 #include <initializer_list>
 
 #include "modulation.cuh"
@@ -11,8 +12,8 @@
 namespace spade_fast {
 namespace {
 
-constexpr int kPixels = 2;         // of x a thread has when nothing is enlarged
-constexpr int kPlaneChannels = 8;  // of a pixel a thread has in NCHW
+constexpr int kPixels = 2;         // pixels of x of a thread when nothing is enlarged
+constexpr int kPlaneChannels = 8;  // channels of a thread in NCHW
 
 template <int VEC, typename T, typename P>
 __device__ __forceinline__ void modulate(const Vector<T, VEC>& x, const float (&mean)[VEC], const float (&rstd)[VEC],
@@ -28,7 +29,7 @@ __device__ __forceinline__ void modulate(const Vector<T, VEC>& x, const float (&
   store_floats<T, VEC>(out, z);
 }
 
-// Channels-last. UP as in Positions.
+// Channels-last. UP: see Positions.
 template <typename T, typename P, int VEC, bool DENSE, int UP>
 __global__ void __launch_bounds__(kThreads, 3)
     modulation_rows_kernel(ModulationInputs<T, P> a, T* out0, T* out1, RowTiling tiling, FastDiv by_tiles) {
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (row >= tiling.rows || column >= a.c) return;
   const uint32_t n = by_tiles.div(blockIdx.x), tile = blockIdx.x - n * by_tiles.divisor;
   const Walk at(a, tile * tiling.rows * Walk::kInputs + row, tiling.rows);
-  const int64_t image = int64_t(n) * a.pixels, out_image = image * (at.up * at.up);  // their first pixels
+  const int64_t image = int64_t(n) * a.pixels, out_image = image * (at.up * at.up);  // first pixels of the image
 
   Vector<T, VEC> x[Walk::kInputs];
 #pragma unroll
@@ -53,13 +54,13 @@ __global__ void __launch_bounds__(kThreads, 3)
     int id[Walk::kItems];
 #pragma unroll
     for (int i = 0; i < Walk::kItems; ++i) {
-      id[i] = !DENSE && at.inside(i) ? __ldg(a.ids + out_image + at.output(round, i)) : 0;
+      id[i] = !DENSE && at.inside(i) ? __ldg(a.pattern_ids + out_image + at.output(round, i)) : 0;
     }
 #pragma unroll 1
-    for (int m = 0; m < a.outputs; ++m) {
-      const P* const params = a.params(m) + column;
-      T* const out = (m == 0 ? out0 : out1) + column;
-      const float slope = a.slope(m);
+    for (int output = 0; output < a.outputs; ++output) {
+      const P* const params = a.params(output) + column;
+      T* const out = (output == 0 ? out0 : out1) + column;
+      const float slope = a.slope(output);
 #pragma unroll
       for (int i = 0; i < Walk::kItems; ++i) {
         if (!at.inside(i)) break;
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// NCHW. Adjacent threads have adjacent pixels, each kPlaneChannels channels; block (tile of pixels, channels).
+// NCHW. Adjacent threads have adjacent pixels, and kPlaneChannels channels of them. Block: (tile of pixels, channels).
 template <typename T, typename P, bool DENSE>
 __global__ void __launch_bounds__(kThreads, 2)
     modulation_planes_kernel(ModulationInputs<T, P> a, T* out0, T* out1, bool wide_params, FastDiv by_tiles) {
@@ -103,12 +104,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
   for (int round = 0; round < at.rounds; ++round) {
     const uint32_t to = at.output(round, 0);
-    const int id = DENSE ? 0 : __ldg(a.ids + n * plane + to);
+    const int id = DENSE ? 0 : __ldg(a.pattern_ids + n * plane + to);
 #pragma unroll 1
-    for (int m = 0; m < a.outputs; ++m) {
+    for (int output = 0; output < a.outputs; ++output) {
       float gamma[kC], beta[kC];
       if (DENSE) {
-        const P* const from = a.params(m) + (int64_t(n) * 2 * a.c + channel) * plane + to;
+        const P* const from = a.params(output) + (int64_t(n) * 2 * a.c + channel) * plane + to;
 #pragma unroll
         for (int j = 0; j < kC; ++j) {
           Vector<P, 1> g, b;
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         fill(gamma, 0.0f);
         fill(beta, 0.0f);
       } else {
-        const P* const from = a.params(m) + int64_t(id) * 2 * a.c + channel;
+        const P* const from = a.params(output) + int64_t(id) * 2 * a.c + channel;
         if (wide_params) {  // the same branch for all threads
           Vector<P, kC> g, b;
           g.load(from);
@@ -137,8 +138,8 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
       }
-      T* const out = (m == 0 ? out0 : out1) + (int64_t(n) * a.c + channel) * plane + to;
-      const float slope = a.slope(m);
+      T* const out = (output == 0 ? out0 : out1) + (int64_t(n) * a.c + channel) * plane + to;
+      const float slope = a.slope(output);
 #pragma unroll
       for (int j = 0; j < kC; ++j) {
         const float z = xhat[j] * (1.0f + gamma[j]) + beta[j];
@@ -171,7 +172,7 @@ cudaError_t run(const spade_fast_modulation_args& a, void* const* outs, cudaStre
   const int64_t tiles = ceil_div<int64_t>(a.h * a.w, kThreads), blocks = ceil_div<int64_t>(a.c, kPlaneChannels);
   if (a.n * tiles > kMaxBlocks || blocks > 65535) return cudaErrorInvalidValue;
   bool wide_params = a.c % kPlaneChannels == 0;
-  for (int m = 0; m < a.outputs; ++m) wide_params = wide_params && aligned(a.params[m], 16);
+  for (int output = 0; output < a.outputs; ++output) wide_params = wide_params && aligned(a.params[output], 16);
   SPADE_FAST_RUN((modulation_planes_kernel<T, P, DENSE>), dim3(uint32_t(a.n * tiles), uint32_t(blocks)), stream,
                  ModulationInputs<T, P>(a), static_cast<T*>(outs[0]), static_cast<T*>(outs[a.outputs - 1]), wide_params,
                  FastDiv(uint32_t(tiles)));

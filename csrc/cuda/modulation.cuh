@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// What modulation and its backward share: arguments as kernels take them, and the geometry of enlarged pixels.
+// What modulation and its backward share: the arguments of kernels, and the geometry of enlarged pixels.
 #pragma once
 
 #include "common.cuh"
 
 namespace spade_fast {
 
-// spade_fast_modulation_args with element types, and what is worked out once.
+// spade_fast_modulation_args with element types, and values derived from them.
 template <typename T, typename P>
 struct ModulationInputs {
-  const T* x;          // [n, c, h, w]
-  const float* mean;   // [groups, c] or null
-  const float* rstd;   // [groups, c] or null
-  const int32_t* ids;  // [n, ho, wo] or null
-  const P* params0;    // [patterns, 2c]; dense [n, 2c, ho, wo]
+  const T* x;                  // [n, c, h, w]
+  const float* mean;           // [groups, c] or null
+  const float* rstd;           // [groups, c] or null
+  const int32_t* pattern_ids;  // [n, ho, wo] or null
+  const P* params0;            // [patterns, 2c]; dense [n, 2c, ho, wo]
   const P* params1;
   float slope0, slope1;
   int outputs, upsample;
@@ -25,7 +25,7 @@ struct ModulationInputs {
       : x(static_cast<const T*>(a.x)),
         mean(a.mean),
         rstd(a.rstd),
-        ids(a.ids),
+        pattern_ids(a.pattern_ids),
         params0(static_cast<const P*>(a.params[0])),
         params1(static_cast<const P*>(a.params[a.outputs - 1])),
         slope0(a.slopes[0]),
@@ -38,11 +38,11 @@ struct ModulationInputs {
         group_stride(a.groups > 1 ? a.c : 0),
         by_w(uint32_t(a.w)) {}
 
-  __device__ __forceinline__ const P* params(int m) const { return m == 0 ? params0 : params1; }
-  __device__ __forceinline__ float slope(int m) const { return m == 0 ? slope0 : slope1; }
+  __device__ __forceinline__ const P* params(int output) const { return output == 0 ? params0 : params1; }
+  __device__ __forceinline__ float slope(int output) const { return output == 0 ? slope0 : slope1; }
 };
 
-// How a thread goes through the output pixels of its pixels of x. UP: the enlargement; 0: known at run time only.
+// How a thread goes through the output pixels of its pixels of x. UP: the enlargement, or 0 if it is not a constant.
 template <int UP, int PIXELS>
 struct Positions {
   static constexpr int kInputs = UP == 1 ? PIXELS : 1;               // pixels of x a thread has
@@ -83,13 +83,13 @@ inline bool valid(const spade_fast_modulation_args& a) {
 
 inline bool empty(const spade_fast_modulation_args& a) { return a.n * a.c * a.h * a.w == 0; }
 
-// Whether rows of c channels of all tensors can be read `VEC` elements at a time: x, params (and `others`).
+// Whether rows of c channels of x, of params and of `others` can be read VEC elements at a time.
 template <typename T, typename P, int VEC>
 bool can_read(const spade_fast_modulation_args& a, std::initializer_list<const void*> others) {
   const auto width = [](size_t element) { return std::min<size_t>(16, element * VEC); };
   bool can = a.c % VEC == 0 && aligned(a.x, width(sizeof(T)));
   can = can && aligned(a.mean, width(4)) && aligned(a.rstd, width(4));
-  for (int m = 0; m < a.outputs; ++m) can = can && aligned(a.params[m], width(sizeof(P)));
+  for (int output = 0; output < a.outputs; ++output) can = can && aligned(a.params[output], width(sizeof(P)));
   for (const void* p : others) can = can && aligned(p, width(sizeof(T)));
   return can;
 }

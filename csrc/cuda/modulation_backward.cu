@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of modulation, in two passes over x and dout with two small sums a channel between them. Channels-last.
+// Backward of modulation, in two passes over x and dout. Between them are two small sums for each channel.
+// Channels-last.
 //
 //     out = act(z), z = xhat (1 + gamma) + beta, xhat = (x - mean) rstd          (z is recomputed from x)
 //     pass 1  dz = dout act'(z);  dbeta_p = Σ dz, dgamma_p = Σ dz xhat            over the pixels of pattern p
 //     between s1 = Σ_p (1 + gamma_p) dbeta_p, s2 = Σ_p (1 + gamma_p) dgamma_p     per channel (and sample)
 //     pass 2  dx = rstd (Σ dz (1 + gamma) - s1/count - xhat s2/count)             count elements of x a group
 //
-// s1 and s2 are the sums over pixels of dxhat and dxhat·xhat, which the statistics' own dependence on x needs.
+// s1 and s2 are the sums over pixels of dxhat and of dxhat·xhat. They stand for the dependence of mean and rstd on x.
 #include <initializer_list>
 
 #include "modulation_backward_sums.cuh"
@@ -14,11 +15,11 @@
 namespace spade_fast {
 namespace {
 
-constexpr int kTarget = 1024;  // blocks wanted where each has a range: about what a large GPU holds at once
+constexpr int kTarget = 1024;  // blocks of a kernel whose blocks have ranges: about what a large GPU holds at once
 constexpr int kGather = 4;     // channels of a thread in pass 1 by patterns
-constexpr int kPixels = 2;     // of x a thread has in pass 2 when nothing is enlarged
+constexpr int kPixels = 2;     // pixels of x of a thread in pass 2 when nothing is enlarged
 
-// sums [groups, 2, c] = s1/count, s2/count, or null: mean and rstd are constants.
+// sums [groups, 2, c] = s1/count and s2/count. Null: mean and rstd are constants.
 template <typename T, typename P, int VEC, bool DENSE, int UP>
 __global__ void __launch_bounds__(kThreads, 2)
     input_gradient_kernel(ModulationInputs<T, P> a, const T* dout0, const T* dout1, const float* sums, T* dx,
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (row >= tiling.rows || column >= a.c) return;
   const uint32_t n = by_tiles.div(blockIdx.x), tile = blockIdx.x - n * by_tiles.divisor;
   const Walk at(a, tile * tiling.rows * Walk::kInputs + row, tiling.rows);
-  const int64_t image = int64_t(n) * a.pixels, out_image = image * (at.up * at.up);  // their first pixels
+  const int64_t image = int64_t(n) * a.pixels, out_image = image * (at.up * at.up);  // first pixels of the image
 
   Vector<T, VEC> x[Walk::kInputs];
 #pragma unroll
@@ -46,13 +47,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     int id[Walk::kItems];
 #pragma unroll
     for (int i = 0; i < Walk::kItems; ++i) {
-      id[i] = !DENSE && at.inside(i) ? __ldg(a.ids + out_image + at.output(round, i)) : 0;
+      id[i] = !DENSE && at.inside(i) ? __ldg(a.pattern_ids + out_image + at.output(round, i)) : 0;
     }
 #pragma unroll 1
-    for (int m = 0; m < a.outputs; ++m) {
-      const P* const params = a.params(m) + column;
-      const T* const douts = (m == 0 ? dout0 : dout1) + column;
-      const float slope = a.slope(m);
+    for (int output = 0; output < a.outputs; ++output) {
+      const P* const params = a.params(output) + column;
+      const T* const douts = (output == 0 ? dout0 : dout1) + column;
+      const float slope = a.slope(output);
       Vector<T, VEC> dout[Walk::kItems];
 #pragma unroll
       for (int i = 0; i < Walk::kItems; ++i) {
@@ -97,7 +98,7 @@ size_t padded(size_t bytes) { return ceil_div<size_t>(bytes, 256) * 256; }
 
 // The workspace's parts, in order.
 struct Workspace {
-  int64_t positions, ranges;  // sorted positions; rows of parts a group
+  int64_t positions, ranges;  // sorted positions; the most rows of parts of a group
   SegmentPlan plan;
   size_t sums_bytes, plan_bytes, parts_bytes, channel_bytes;
 
@@ -119,7 +120,7 @@ struct Call {
   const spade_fast_modulation_args& a;
   const void* const* douts;
   const int32_t *order, *offsets;
-  bool stats;
+  bool stats_from_x;
   void* dx;
   void* const* dparams;
   char* workspace;
@@ -127,18 +128,18 @@ struct Call {
 };
 
 template <typename T>
-const T* dout(const Call& call, int m) {
-  return static_cast<const T*>(call.douts[m]);
+const T* dout(const Call& call, int output) {
+  return static_cast<const T*>(call.douts[output]);
 }
 
-template <typename T, typename P, int VEC, int M>
+template <typename T, typename P, int VEC, int OUTPUTS>
 cudaError_t run_pattern_sums(const Call& call, const SegmentSums& to) {
   const spade_fast_modulation_args& a = call.a;
   const RowTiling tiling(a.c / VEC);
   if (tiling.blocks > 65535) return cudaErrorInvalidValue;
   const int64_t wo = a.w * a.upsample, image = a.h * a.upsample * wo;
-  SPADE_FAST_RUN((pattern_sums_kernel<T, P, VEC, M>), dim3(ceil_div(to.pieces, tiling.rows), tiling.blocks),
-                 call.stream, ModulationInputs<T, P>(a), dout<T>(call, 0), dout<T>(call, M - 1), call.order,
+  SPADE_FAST_RUN((pattern_sums_kernel<T, P, VEC, OUTPUTS>), dim3(ceil_div(to.pieces, tiling.rows), tiling.blocks),
+                 call.stream, ModulationInputs<T, P>(a), dout<T>(call, 0), dout<T>(call, OUTPUTS - 1), call.order,
                  FastDiv(uint32_t(image)), FastDiv(uint32_t(wo)), to, tiling);
   return cudaSuccess;
 }
@@ -161,7 +162,7 @@ cudaError_t run_pattern_finish(const Call& call, const SegmentSums& sums, float*
   return cudaSuccess;
 }
 
-// Pass 1 by patterns; *ranges rows of parts for each group.
+// Pass 1 by patterns. *ranges: rows of parts of each group.
 template <typename T, typename P>
 cudaError_t pass_1(const Call& call, const Workspace& w, float* parts, int64_t groups, int64_t* ranges) {
   const spade_fast_modulation_args& a = call.a;
@@ -171,7 +172,7 @@ cudaError_t pass_1(const Call& call, const Workspace& w, float* parts, int64_t g
   float* const sums0 = in_place ? static_cast<float*>(call.dparams[0]) : own;
   float* const sums1 = in_place ? static_cast<float*>(call.dparams[last]) : own + last * a.patterns * 2 * a.c;
   char* const scratch = call.workspace + w.sums_bytes;
-  const SegmentSums to = w.plan.first(call.offsets, sums0, sums1, 2 * a.c, scratch);
+  const SegmentSums to = w.plan.first_level(call.offsets, sums0, sums1, 2 * a.c, scratch);
   const bool wide = can_read<T, P, kGather>(a, {call.douts[0], call.douts[last]}) && aligned(call.dparams[0], 16) &&
                     aligned(call.dparams[last], 16);
   if (a.outputs == 1) {
@@ -184,7 +185,7 @@ cudaError_t pass_1(const Call& call, const Workspace& w, float* parts, int64_t g
               : run_pattern_finish<P, 1>(call, to, parts, groups, w.ranges, ranges);
 }
 
-// Pass 1 dense; *ranges rows of parts for each image.
+// Pass 1 dense. *ranges: rows of parts of each image.
 template <typename T, typename P, int VEC>
 cudaError_t dense_pass_1(const Call& call, const Workspace& w, float* parts, int64_t* ranges) {
   const spade_fast_modulation_args& a = call.a;
@@ -218,10 +219,10 @@ cudaError_t run(const Call& call) {
   const spade_fast_modulation_args& a = call.a;
   const Workspace w(a);
   const int64_t groups = a.mean == nullptr ? 1 : a.groups;
-  const bool stats = call.stats && a.mean != nullptr;
+  const bool stats_from_x = call.stats_from_x && a.mean != nullptr;
   char* const at = call.workspace + w.sums_bytes + w.plan_bytes;
-  float* const parts = stats ? reinterpret_cast<float*>(at) : nullptr;
-  float* const sums = stats ? reinterpret_cast<float*>(at + w.parts_bytes) : nullptr;
+  float* const parts = stats_from_x ? reinterpret_cast<float*>(at) : nullptr;
+  float* const sums = stats_from_x ? reinterpret_cast<float*>(at + w.parts_bytes) : nullptr;
   const bool dparams_aligned = aligned(call.dparams[0], 16) && aligned(call.dparams[a.outputs - 1], 16);
   const bool wide = can_read<T, P, kWide>(a, {call.douts[0], call.douts[a.outputs - 1], call.dx}) && dparams_aligned;
   int64_t ranges = 0;
@@ -232,7 +233,7 @@ cudaError_t run(const Call& call) {
   } else {
     SPADE_FAST_CHECK((pass_1<T, P>(call, w, parts, groups, &ranges)));
   }
-  if (stats) {
+  if (stats_from_x) {
     const float scale = float(double(groups) / (double(a.n) * double(a.h * a.w)));
     SPADE_FAST_CHECK(reduce_parts(parts, groups, ranges, 2 * a.c, scale, sums, call.stream));
   }
@@ -250,20 +251,21 @@ extern "C" size_t spade_fast_modulation_backward_workspace(const spade_fast_modu
 }
 
 extern "C" cudaError_t spade_fast_modulation_backward(const spade_fast_modulation_args* args, const void* const* douts,
-                                                      const int32_t* order, const int32_t* offsets, int stats, void* dx,
-                                                      void* const* dparams, void* workspace, cudaStream_t stream) {
+                                                      const int32_t* order, const int32_t* offsets, int stats_from_x,
+                                                      void* dx, void* const* dparams, void* workspace,
+                                                      cudaStream_t stream) {
   const spade_fast_modulation_args& a = *args;
   if (!valid(a) || !a.channels_last) return cudaErrorInvalidValue;
   if (!a.dense && a.n * a.h * a.w * a.upsample * a.upsample > kMaxBlocks) return cudaErrorInvalidValue;
   if (!a.dense && (a.patterns < 0 || a.patterns >= kMaxBlocks)) return cudaErrorInvalidValue;
   if (empty(a)) {
     const size_t bytes = a.dense ? 0 : size_t(a.patterns * 2 * a.c) * (a.params_dtype == 0 ? 4 : 2);
-    for (int m = 0; m < a.outputs && bytes > 0; ++m) {
-      SPADE_FAST_CHECK(cudaMemsetAsync(dparams[m], 0, bytes, stream));
+    for (int output = 0; output < a.outputs && bytes > 0; ++output) {
+      SPADE_FAST_CHECK(cudaMemsetAsync(dparams[output], 0, bytes, stream));
     }
     return cudaSuccess;
   }
-  const Call call{a, douts, order, offsets, stats != 0, dx, dparams, static_cast<char*>(workspace), stream};
+  const Call call{a, douts, order, offsets, stats_from_x != 0, dx, dparams, static_cast<char*>(workspace), stream};
   return with_types(a.dtype, a.params_dtype, [&](auto t, auto p) {
     using T = decltype(t);
     using P = decltype(p);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pass 1 of modulation's backward: gradients of the parameters, and per channel s1 and s2 (see modulation_backward.cu).
+// Pass 1 of modulation's backward: the gradients of the parameters, and s1 and s2 of each channel.
+// modulation_backward.cu defines the two sums.
 #pragma once
 
 #include "modulation.cuh"
@@ -9,7 +10,7 @@
 namespace spade_fast {
 namespace {
 
-// dz: the gradient through LeakyReLU at z = xhat·scale + beta.
+// dz: the gradient before LeakyReLU, at z = xhat·scale + beta.
 __device__ __forceinline__ float gate(float dout, float xhat, float scale, float beta, float slope) {
   return xhat * scale + beta > 0.0f ? dout : dout * slope;
 }
@@ -20,52 +21,51 @@ __device__ __forceinline__ float gate(float dout, float xhat, float scale, float
 template <typename P, int VEC>
 __device__ __forceinline__ void load_pattern(const P* params, int32_t key, uint32_t c, uint32_t column,
                                              float (&scale)[VEC], float (&beta)[VEC]) {
-  Vector<P, VEC> g, b;
+  Vector<P, VEC> gammas, betas;
   const P* const from = params + int64_t(key) * 2 * c + column;
-  g.load(from);
-  b.load(from + c);
+  gammas.load(from);
+  betas.load(from + c);
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) scale[i] = 1.0f + g.get(i), beta[i] = b.get(i);
+  for (int i = 0; i < VEC; ++i) scale[i] = 1.0f + gammas.get(i), beta[i] = betas.get(i);
 }
 
-// A piece of the sorted positions, VEC channels a thread: [dgamma | dbeta] of each output, to `to`.
-template <typename T, typename P, int VEC, int M>
+// [dgamma | dbeta] of each output by pattern, over a piece of the sorted positions. A thread has VEC channels.
+template <typename T, typename P, int VEC, int OUTPUTS>
 __global__ void __launch_bounds__(kThreads, 2)
     pattern_sums_kernel(ModulationInputs<T, P> a, const T* dout0, const T* dout1, const int32_t* order,
                         FastDiv by_image, FastDiv by_wo, SegmentSums to, RowTiling tiling) {
-  constexpr int kAhead = M == 1 ? 4 : 2;
+  constexpr int kAhead = OUTPUTS == 1 ? 4 : 2;
   const uint32_t row = tiling.row(), column = tiling.vector(row) * VEC;
   const uint32_t index = blockIdx.x * tiling.rows + row;
   if (row >= tiling.rows || column >= a.c || index >= to.pieces) return;
-  const bool lead = column == 0;
-  Piece piece(to, index);
+  Piece piece(to, index, column == 0);
 
-  float dgamma[M][VEC], dbeta[M][VEC], scale[M][VEC], beta[M][VEC], mean[VEC], rstd[VEC];
+  float dgamma[OUTPUTS][VEC], dbeta[OUTPUTS][VEC], scale[OUTPUTS][VEC], beta[OUTPUTS][VEC], mean[VEC], rstd[VEC];
   load_or(mean, a.mean == nullptr ? nullptr : a.mean + column, 0.0f);
   load_or(rstd, a.mean == nullptr ? nullptr : a.rstd + column, 1.0f);
   int32_t current = -1;
   uint32_t group = 0;
   const auto flush = [&] {
-    const int64_t slot = piece.slot(to, current, lead);
+    piece.open(current);
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      store_sum(to, slot, current, m * to.width + column, dgamma[m]);
-      store_sum(to, slot, current, m * to.width + a.c + column, dbeta[m]);
+    for (int output = 0; output < OUTPUTS; ++output) {
+      piece.store(output * to.width + column, dgamma[output]);
+      piece.store(output * to.width + a.c + column, dbeta[output]);
     }
   };
 
-  const int64_t last = piece.hi - 1;
+  const int64_t last = piece.last - 1;
   int32_t next[kAhead];
 #pragma unroll
-  for (int j = 0; j < kAhead; ++j) next[j] = __ldg(order + min(piece.lo + j, last));
-  for (int64_t i = piece.lo; i < piece.hi; i += kAhead) {
+  for (int j = 0; j < kAhead; ++j) next[j] = __ldg(order + min(piece.first + j, last));
+  for (int64_t i = piece.first; i <= last; i += kAhead) {
     int32_t key[kAhead];
     uint32_t image[kAhead];
-    Vector<T, VEC> x[kAhead], dout[M][kAhead];
+    Vector<T, VEC> x[kAhead], dout[OUTPUTS][kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       const uint32_t entry = uint32_t(next[j]);
-      key[j] = i + j < piece.hi ? __ldg(a.ids + entry) : -1;
+      key[j] = i + j <= last ? __ldg(a.pattern_ids + entry) : -1;
       int64_t pixel = entry;
       image[j] = 0;
       if (a.upsample != 1 || a.group_stride != 0) {
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       x[j].load(a.x + pixel * a.c + column);
       dout[0][j].load(dout0 + int64_t(entry) * a.c + column);
-      if (M == 2) dout[M - 1][j].load(dout1 + int64_t(entry) * a.c + column);
+      if (OUTPUTS == 2) dout[OUTPUTS - 1][j].load(dout1 + int64_t(entry) * a.c + column);
     }
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) next[j] = __ldg(order + min(i + kAhead + j, last));
@@ -87,10 +87,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (current >= 0) flush();
         current = key[j];
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-          fill(dgamma[m], 0.0f);
-          fill(dbeta[m], 0.0f);
-          load_pattern(a.params(m), current, a.c, column, scale[m], beta[m]);
+        for (int output = 0; output < OUTPUTS; ++output) {
+          fill(dgamma[output], 0.0f);
+          fill(dbeta[output], 0.0f);
+          load_pattern(a.params(output), current, a.c, column, scale[output], beta[output]);
         }
       }
       if (a.group_stride != 0 && image[j] != group) {
@@ -102,20 +102,21 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int v = 0; v < VEC; ++v) {
         const float xhat = (x[j].get(v) - mean[v]) * rstd[v];
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-          const float dz = gate(dout[m][j].get(v), xhat, scale[m][v], beta[m][v], a.slope(m));
-          dgamma[m][v] += dz * xhat;
-          dbeta[m][v] += dz;
+        for (int output = 0; output < OUTPUTS; ++output) {
+          const float dz = gate(dout[output][j].get(v), xhat, scale[output][v], beta[output][v], a.slope(output));
+          dgamma[output][v] += dz * xhat;
+          dbeta[output][v] += dz;
         }
       }
     }
   }
   if (current >= 0) flush();
-  piece.finish(to, lead);
+  piece.finish();
 }
 
-// Block (range of patterns, columns, group): dparams from sums where they differ, zeros for patterns without pixels,
-// and, if asked, this range's s1 and s2: row (group, range) of parts [groups, ranges, 2, c].
+// A block (x: range of patterns, y: columns, z: group) writes dparams where the sums are elsewhere, and zeros for
+// patterns without pixels. If parts [groups, ranges, 2, c] is given, it writes s1 and s2 of its range to row (group,
+// range).
 template <typename P, int VEC>
 __global__ void __launch_bounds__(kThreads)
     pattern_finish_kernel(const P* params0, const P* params1, const float* sums0, const float* sums1, P* dparams0,
@@ -130,15 +131,15 @@ __global__ void __launch_bounds__(kThreads)
     for (uint32_t p = lo + row; p < hi; p += tiling.rows) {
       const int32_t first = offsets[p];
       const bool none = first == offsets[p + 1];
-      if (gridDim.z > 1) {  // a pattern's pixels are of one image
+      if (gridDim.z > 1) {  // all pixels of a pattern are in one image
         const uint32_t image = none ? 0 : by_image.div(uint32_t(__ldg(order + first)));
         if (image != blockIdx.z) continue;
       }
       const int64_t at = int64_t(p) * 2 * c + column;
 #pragma unroll 1
-      for (int m = 0; m < outputs; ++m) {
-        P* const to = (m == 0 ? dparams0 : dparams1) + at;
-        const float* const from = (m == 0 ? sums0 : sums1) + at;
+      for (int output = 0; output < outputs; ++output) {
+        P* const to = (output == 0 ? dparams0 : dparams1) + at;
+        const float* const from = (output == 0 ? sums0 : sums1) + at;
         float dgamma[VEC], dbeta[VEC];
         if (none) {
           fill(dgamma, 0.0f);
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         if (parts == nullptr) continue;
         Vector<P, VEC> gamma;
-        gamma.load((m == 0 ? params0 : params1) + at);
+        gamma.load((output == 0 ? params0 : params1) + at);
 #pragma unroll
         for (int v = 0; v < VEC; ++v) {
           s1[v] += (1.0f + gamma.get(v)) * dbeta[v];
@@ -170,7 +171,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- pass 1, dense ----
 
-// Block (range of an image's pixels of x, columns): dparams of its pixels, and row (n, range) of parts [.., 2, c].
+// A block (x: range of an image's pixels of x, y: columns) writes dparams of its pixels and row (n, range) of parts
+// [n, ranges, 2, c].
 template <typename T, typename P, int VEC>
 __global__ void __launch_bounds__(kThreads, 2)
     dense_sums_kernel(ModulationInputs<T, P> a, const T* dout0, const T* dout1, P* dparams0, P* dparams1, uint32_t span,
@@ -192,23 +194,23 @@ __global__ void __launch_bounds__(kThreads, 2)
       const Positions<0, 1> at(a, pixel, 1);
 #pragma unroll 1
       for (int k = 0; k < at.rounds * a.outputs; ++k) {
-        const int m = k >= at.rounds;
-        const int64_t to = image * at.rounds + at.output(m == 0 ? k : k - at.rounds, 0);
+        const int output = k >= at.rounds;
+        const int64_t to = image * at.rounds + at.output(output == 0 ? k : k - at.rounds, 0);
         Vector<T, VEC> dout;
         Vector<P, VEC> gamma, beta;
-        dout.load((m == 0 ? dout0 : dout1) + to * a.c + column);
-        gamma.load(a.params(m) + to * 2 * a.c + column);
-        beta.load(a.params(m) + (to * 2 + 1) * a.c + column);
+        dout.load((output == 0 ? dout0 : dout1) + to * a.c + column);
+        gamma.load(a.params(output) + to * 2 * a.c + column);
+        beta.load(a.params(output) + (to * 2 + 1) * a.c + column);
         float dgamma[VEC], dz[VEC];
 #pragma unroll
         for (int v = 0; v < VEC; ++v) {
           const float xhat = (x.get(v) - mean[v]) * rstd[v], scale = 1.0f + gamma.get(v);
-          dz[v] = gate(dout.get(v), xhat, scale, beta.get(v), a.slope(m));
+          dz[v] = gate(dout.get(v), xhat, scale, beta.get(v), a.slope(output));
           dgamma[v] = dz[v] * xhat;
           s1[v] += dz[v] * scale;
           s2[v] += dz[v] * scale * xhat;
         }
-        P* const dparams = (m == 0 ? dparams0 : dparams1) + to * 2 * a.c + column;
+        P* const dparams = (output == 0 ? dparams0 : dparams1) + to * 2 * a.c + column;
         store_floats<P, VEC>(dparams, dgamma);
         store_floats<P, VEC>(dparams + a.c, dz);
       }

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// patterns: the distinct k×k patches of label maps, by a hash table on the device. segments: a radix sort.
+// patterns: the distinct k×k patches of label maps, by a hash table on the device.
 //
-// A slot of the table holds a pixel and stands for that pixel's patch, which is compared itself with every patch whose
-// hash leads there: a collision only costs a further probe, whatever the hash. Equal patches lower the slot's pixel to
-// the least of them, so in the end it is where the patch first appears, however the threads were scheduled; counting
-// those pixels up to each gives the numbers. One memset and three kernels; then one kernel writes the results.
+// A slot of the table holds a pixel and stands for that pixel's patch. Every patch whose hash leads to the slot is
+// compared with the slot's patch, so a collision only costs another probe. Equal patches lower the slot's pixel to the
+// least of their pixels. In the end that is where the patch first appears, in whatever order threads ran. A patch's
+// number is the count of first pixels before its own. One memset and three kernels find the numbers, and one kernel
+// writes the results.
 #include "common.cuh"
-#include "sort.cuh"
 
 namespace spade_fast {
 namespace {
 
-constexpr uint32_t kEmpty = 0xffffffffu;     // no pixel yet in this slot (what the memset writes)
+constexpr uint32_t kEmpty = 0xffffffffu;     // a slot without a pixel; the memset writes it
 constexpr uint32_t kNumbered = 0x80000000u;  // set in a slot that holds a pattern's number instead of a pixel
-constexpr int kMaxParts = 1024;              // pixels are counted in at most so many parts
+constexpr int kMaxParts = 1024;              // the most parts in which pixels are counted
 constexpr int64_t kLeastPart = 1024;
 
 struct Maps {
@@ -28,46 +28,46 @@ struct Place {
   int y, x;
 };
 
-__device__ __forceinline__ Place place_of(const Maps& m, uint32_t pixel) {
-  const uint32_t n = m.by_pixels.div(pixel), rest = pixel - n * m.pixels, y = m.by_width.div(rest);
-  return {int64_t(n) * m.pixels, int(y), int(rest - y * m.w)};
+__device__ __forceinline__ Place place_of(const Maps& maps, uint32_t pixel) {
+  const uint32_t n = maps.by_pixels.div(pixel), rest = pixel - n * maps.pixels, y = maps.by_width.div(rest);
+  return {int64_t(n) * maps.pixels, int(y), int(rest - y * maps.w)};
 }
 
-__device__ __forceinline__ int32_t code_at(const Maps& m, const Place& p, int dy, int dx) {
+__device__ __forceinline__ int32_t code_at(const Maps& maps, const Place& p, int dy, int dx) {
   const int y = p.y + dy, x = p.x + dx;
-  if (uint32_t(y) >= m.h || uint32_t(x) >= m.w) return -1;
-  return __ldg(m.codes + p.map + int64_t(y) * m.w + x);
+  if (uint32_t(y) >= maps.h || uint32_t(x) >= maps.w) return -1;
+  return __ldg(maps.codes + p.map + int64_t(y) * maps.w + x);
 }
 
-// K > 0: the patch is in registers. K = 0: any size, read again where it is needed.
+// K > 0: the patch is in registers. K = 0: the patch has any size, and is read again where it is needed.
 template <int K>
 struct Patch {
   int32_t code[K * K];
 
-  __device__ __forceinline__ Patch(const Maps& m, const Place& p) {
+  __device__ __forceinline__ Patch(const Maps& maps, const Place& p) {
 #pragma unroll
-    for (int t = 0; t < K * K; ++t) code[t] = code_at(m, p, t / K - K / 2, t % K - K / 2);
+    for (int t = 0; t < K * K; ++t) code[t] = code_at(maps, p, t / K - K / 2, t % K - K / 2);
   }
   __device__ __forceinline__ int32_t at(const Maps&, const Place&, int t) const { return code[t]; }
 };
 template <>
 struct Patch<0> {
   __device__ __forceinline__ Patch(const Maps&, const Place&) {}
-  __device__ __forceinline__ int32_t at(const Maps& m, const Place& p, int t) const {
-    return code_at(m, p, t / m.k - m.k / 2, t % m.k - m.k / 2);
+  __device__ __forceinline__ int32_t at(const Maps& maps, const Place& p, int t) const {
+    return code_at(maps, p, t / maps.k - maps.k / 2, t % maps.k - maps.k / 2);
   }
 };
 
 template <int K>
-__device__ __forceinline__ uint32_t hash_of(const Maps& m, const Place& p, const Patch<K>& patch) {
-#ifdef SPADE_FAST_WEAK_HASH  // for tests: nearly every patch collides
-  return uint32_t(patch.at(m, p, 0)) & 1;
+__device__ __forceinline__ uint32_t hash_of(const Maps& maps, const Place& p, const Patch<K>& patch) {
+#ifdef SPADE_FAST_WEAK_HASH  // for tests: nearly all patches collide
+  return uint32_t(patch.at(maps, p, 0)) & 1;
 #else
-  const int taps = K ? K * K : m.k * m.k;
+  const int taps = K ? K * K : maps.k * maps.k;
   uint64_t value = uint64_t(p.map) * 0xD6E8FEB86659FD93u + 0x2545F4914F6CDD1Du;
 #pragma unroll
   for (int t = 0; t < taps; ++t) {
-    value = (value ^ uint32_t(patch.at(m, p, t))) * 0x9FB21C651E98DF25u;
+    value = (value ^ uint32_t(patch.at(maps, p, t))) * 0x9FB21C651E98DF25u;
     value ^= value >> 32;
   }
   return uint32_t(value ^ (value >> 16));
@@ -75,15 +75,15 @@ __device__ __forceinline__ uint32_t hash_of(const Maps& m, const Place& p, const
 }
 
 template <int K>
-__device__ bool equal(const Maps& m, const Place& p, const Patch<K>& patch, uint32_t other) {
-  const Place q = place_of(m, other);
+__device__ bool equal(const Maps& maps, const Place& p, const Patch<K>& patch, uint32_t other) {
+  const Place q = place_of(maps, other);
   if (p.map != q.map) return false;
-  const int taps = K ? K * K : m.k * m.k;
+  const int taps = K ? K * K : maps.k * maps.k;
   bool same = true;
 #pragma unroll
   for (int t = 0; t < taps; ++t) {
-    const int k = K ? K : m.k;
-    same = same && patch.at(m, p, t) == code_at(m, q, t / k - k / 2, t % k - k / 2);
+    const int k = K ? K : maps.k;
+    same = same && patch.at(maps, p, t) == code_at(maps, q, t / k - k / 2, t % k - k / 2);
   }
   return same;
 }
@@ -91,21 +91,21 @@ __device__ bool equal(const Maps& m, const Place& p, const Patch<K>& patch, uint
 // slots[pixel] = where its patch is in the table; table[slot] = the least pixel with that patch.
 template <int K>
 __global__ void __launch_bounds__(kThreads)
-    patterns_insert_kernel(Maps m, uint32_t mask, uint32_t* table, uint32_t* slots) {
+    patterns_insert_kernel(Maps maps, uint32_t mask, uint32_t* table, uint32_t* slots) {
   const uint32_t pixel = blockIdx.x * kThreads + threadIdx.x;
-  if (pixel >= m.count) return;
-  const Place p = place_of(m, pixel);
-  const Patch<K> patch(m, p);
-  uint32_t slot = hash_of<K>(m, p, patch) & mask;
+  if (pixel >= maps.count) return;
+  const Place p = place_of(maps, pixel);
+  const Patch<K> patch(maps, p);
+  uint32_t slot = hash_of<K>(maps, p, patch) & mask;
   for (;; slot = (slot + 1) & mask) {  // the table is never full
     uint32_t* const at = table + slot;
-    // A value seen here may be old, but it is a pixel with the slot's patch all the same, and no less than the newest.
+    // The value may be old. It is a pixel with the slot's patch all the same, and no less than the newest value.
     uint32_t seen = *const_cast<volatile uint32_t*>(at);
     if (seen == kEmpty) {
       seen = atomicCAS(at, kEmpty, pixel);
       if (seen == kEmpty) break;
     }
-    if (equal<K>(m, p, patch, seen)) {
+    if (equal<K>(maps, p, patch, seen)) {
       if (pixel < seen) atomicMin(at, pixel);
       break;
     }
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads)
   slots[pixel] = slot;
 }
 
-// Sum of `value` over the block; every thread gets it.
+// Returns the sum of `value` over the block to every thread.
 __device__ uint32_t block_sum(uint32_t value) {
   __shared__ uint32_t sums[kThreads];
   sums[threadIdx.x] = value;
@@ -127,7 +127,7 @@ __device__ uint32_t block_sum(uint32_t value) {
   return total;
 }
 
-// Sum of `value` over the threads before this one; *total: over all.
+// Returns the sum of `value` over the threads before this one. *total: the sum over all threads.
 __device__ uint32_t block_scan(uint32_t value, uint32_t* total) {
   __shared__ uint32_t sums[2][kThreads];
   int from = 0;
@@ -144,7 +144,7 @@ __device__ uint32_t block_scan(uint32_t value, uint32_t* total) {
   return upto - value;
 }
 
-// firsts[part]: how many patches appear first in pixels part·span .. (part + 1)·span - 1.
+// firsts[part]: the number of patches that appear first in pixels part·span .. (part + 1)·span - 1.
 __global__ void __launch_bounds__(kThreads) patterns_count_kernel(uint32_t count, uint32_t span, const uint32_t* table,
                                                                   const uint32_t* slots, uint32_t* firsts) {
   const uint32_t lo = blockIdx.x * span, hi = min(lo + span, count);
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads) patterns_count_kernel(uint32_t count
 
 // Numbers the patches: table[slot] = kNumbered | number, first_pixels[number], starts[n] = patterns before map n.
 __global__ void __launch_bounds__(kThreads)
-    patterns_number_kernel(uint32_t count, uint32_t pixels, uint32_t maps, FastDiv by_pixels, uint32_t span,
+    patterns_number_kernel(uint32_t count, uint32_t pixels, uint32_t num_maps, FastDiv by_pixels, uint32_t span,
                            const uint32_t* firsts, uint32_t* table, const uint32_t* slots, uint32_t* first_pixels,
                            uint32_t* starts, int32_t* total) {
   uint32_t before = 0;
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
   for (uint32_t start = lo; start < hi; start += kThreads) {
     const uint32_t pixel = start + threadIdx.x;
     const uint32_t slot = pixel < hi ? slots[pixel] : 0;
-    // Other blocks replace pixels of this table by numbers meanwhile, but never those that are first here.
+    // Meanwhile other blocks replace pixels of this table by numbers, but never the first pixels of this block.
     const bool first = pixel < hi && table[slot] == pixel;
     uint32_t found;
     const uint32_t mine = number + block_scan(first, &found);
@@ -181,32 +181,35 @@ __global__ void __launch_bounds__(kThreads)
     number += found;
   }
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) {
-    starts[maps] = number;
+    starts[num_maps] = number;
     *total = int32_t(number);
   }
 }
 
-// ids, taps, counts and overflow from the numbers; thread i writes pixel i, tap i and map i where there are such.
+// Writes the results. Thread i writes pixel i, tap i and map i where they exist.
 __global__ void __launch_bounds__(kThreads)
-    patterns_write_kernel(Maps m, uint32_t maps, int64_t capacity, int taps, const uint32_t* table,
+    patterns_write_kernel(Maps maps, uint32_t num_maps, int64_t capacity, int taps, const uint32_t* table,
                           const uint32_t* slots, const uint32_t* first_pixels, const uint32_t* starts,
-                          const int32_t* total, int32_t* ids, int32_t* tap_codes, int64_t* counts, int32_t* overflow) {
+                          const int32_t* total, int32_t* pattern_ids, int32_t* tap_codes, int64_t* counts,
+                          int32_t* overflow) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < m.count) {
+  if (i < maps.count) {
     const int32_t id = int32_t(table[slots[i]] & ~kNumbered);
-    ids[i] = id < capacity ? id : -1;
+    pattern_ids[i] = id < capacity ? id : -1;
   }
   if (i < capacity * taps) {
     const int64_t row = i / taps;
     const int t = int(i - row * taps);
     const int32_t found = *total;
-    tap_codes[i] = row < found ? code_at(m, place_of(m, first_pixels[row]), t / m.k - m.k / 2, t % m.k - m.k / 2) : -1;
+    tap_codes[i] =
+        row < found ? code_at(maps, place_of(maps, first_pixels[row]), t / maps.k - maps.k / 2, t % maps.k - maps.k / 2)
+                    : -1;
   }
-  if (i < maps) counts[i] = int64_t(starts[i + 1]) - starts[i];
+  if (i < num_maps) counts[i] = int64_t(starts[i + 1]) - starts[i];
   if (i == 0 && overflow != nullptr) *overflow = *total > capacity;
 }
 
-// The workspace's parts.
+// The parts of the workspace.
 struct Table {
   uint32_t size, parts, span;
   uint32_t *table, *slots, *first_pixels, *firsts, *starts;
@@ -238,46 +241,10 @@ Maps maps_of(const int32_t* codes, int64_t n, int64_t h, int64_t w, int k) {
 }
 
 template <int K>
-cudaError_t insert(const Maps& m, const Table& t, cudaStream_t stream) {
-  SPADE_FAST_RUN(patterns_insert_kernel<K>, ceil_div<uint32_t>(m.count, kThreads), stream, m, t.size - 1, t.table,
+cudaError_t insert(const Maps& maps, const Table& t, cudaStream_t stream) {
+  SPADE_FAST_RUN(patterns_insert_kernel<K>, ceil_div<uint32_t>(maps.count, kThreads), stream, maps, t.size - 1, t.table,
                  t.slots);
   return cudaSuccess;
-}
-
-// ---- segments ----
-
-// keys[i] = ids[i] + 1, and 0 for negative ids; positions[i] = i.
-__global__ void __launch_bounds__(kThreads)
-    segments_keys_kernel(const int32_t* ids, uint32_t count, uint32_t num, uint32_t* keys, int32_t* positions) {
-  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
-  if (i >= count) return;
-  keys[i] = ids[i] < 0 ? 0 : min(uint32_t(ids[i]), num) + 1;
-  positions[i] = int32_t(i);
-}
-
-// offsets[s]: how many keys are at most s.
-__global__ void __launch_bounds__(kThreads)
-    segments_offsets_kernel(const uint32_t* keys, uint32_t count, uint32_t num, int32_t* offsets) {
-  const uint32_t s = blockIdx.x * kThreads + threadIdx.x;
-  if (s > num) return;
-  uint32_t lo = 0, hi = count;
-  while (lo < hi) {
-    const uint32_t middle = lo + (hi - lo) / 2;
-    if (keys[middle] <= s) {
-      lo = middle + 1;
-    } else {
-      hi = middle;
-    }
-  }
-  offsets[s] = int32_t(lo);
-}
-
-size_t padded(int64_t elements) { return size_t(ceil_div<int64_t>(elements, 64)) * 64; }
-
-int bits_for(int64_t num) {  // of keys 0 .. num + 1
-  int bits = 1;
-  while (bits < 32 && (int64_t(1) << bits) < num + 2) ++bits;
-  return bits;
 }
 
 }  // namespace
@@ -293,24 +260,24 @@ extern "C" cudaError_t spade_fast_patterns_find(const int32_t* codes, int64_t n,
                                                 int32_t* total, void* workspace, cudaStream_t stream) {
   if (!valid(n, h, w, kernel_size)) return cudaErrorInvalidValue;
   if (n * h * w == 0) return cudaMemsetAsync(total, 0, sizeof(*total), stream);
-  const Maps m = maps_of(codes, n, h, w, kernel_size);
-  const Table t(workspace, m.count, n);
+  const Maps maps = maps_of(codes, n, h, w, kernel_size);
+  const Table t(workspace, maps.count, n);
   SPADE_FAST_CHECK(cudaMemsetAsync(t.table, 0xff, t.size * sizeof(uint32_t), stream));
   switch (kernel_size) {
-    case 1: SPADE_FAST_CHECK(insert<1>(m, t, stream)); break;
-    case 3: SPADE_FAST_CHECK(insert<3>(m, t, stream)); break;
-    case 5: SPADE_FAST_CHECK(insert<5>(m, t, stream)); break;
-    default: SPADE_FAST_CHECK(insert<0>(m, t, stream));
+    case 1: SPADE_FAST_CHECK(insert<1>(maps, t, stream)); break;
+    case 3: SPADE_FAST_CHECK(insert<3>(maps, t, stream)); break;
+    case 5: SPADE_FAST_CHECK(insert<5>(maps, t, stream)); break;
+    default: SPADE_FAST_CHECK(insert<0>(maps, t, stream));
   }
-  SPADE_FAST_RUN(patterns_count_kernel, t.parts, stream, m.count, t.span, t.table, t.slots, t.firsts);
-  SPADE_FAST_RUN(patterns_number_kernel, t.parts, stream, m.count, m.pixels, uint32_t(n), m.by_pixels, t.span, t.firsts,
-                 t.table, t.slots, t.first_pixels, t.starts, total);
+  SPADE_FAST_RUN(patterns_count_kernel, t.parts, stream, maps.count, t.span, t.table, t.slots, t.firsts);
+  SPADE_FAST_RUN(patterns_number_kernel, t.parts, stream, maps.count, maps.pixels, uint32_t(n), maps.by_pixels, t.span,
+                 t.firsts, t.table, t.slots, t.first_pixels, t.starts, total);
   return cudaSuccess;
 }
 
 extern "C" cudaError_t spade_fast_patterns_write(const int32_t* codes, int64_t n, int64_t h, int64_t w, int kernel_size,
-                                                 int64_t capacity, const int32_t* total, int32_t* ids, int32_t* taps,
-                                                 int64_t* counts, int32_t* overflow, void* workspace,
+                                                 int64_t capacity, const int32_t* total, int32_t* pattern_ids,
+                                                 int32_t* taps, int64_t* counts, int32_t* overflow, void* workspace,
                                                  cudaStream_t stream) {
   if (!valid(n, h, w, kernel_size) || capacity < 0) return cudaErrorInvalidValue;
   const int per_row = kernel_size * kernel_size;
@@ -320,36 +287,12 @@ extern "C" cudaError_t spade_fast_patterns_write(const int32_t* codes, int64_t n
     if (capacity == 0) return cudaSuccess;
     return cudaMemsetAsync(taps, 0xff, capacity * per_row * sizeof(*taps), stream);
   }
-  const Maps m = maps_of(codes, n, h, w, kernel_size);
-  const Table t(workspace, m.count, n);
-  const int64_t threads = std::max<int64_t>(m.count, capacity * per_row);
+  const Maps maps = maps_of(codes, n, h, w, kernel_size);
+  const Table t(workspace, maps.count, n);
+  const int64_t threads = std::max<int64_t>(maps.count, capacity * per_row);
   if (ceil_div<int64_t>(threads, kThreads) > kMaxBlocks) return cudaErrorInvalidValue;
-  SPADE_FAST_RUN(patterns_write_kernel, uint32_t(ceil_div<int64_t>(threads, kThreads)), stream, m, uint32_t(n),
-                 capacity, per_row, t.table, t.slots, t.first_pixels, t.starts, total, ids, taps, counts, overflow);
-  return cudaSuccess;
-}
-
-extern "C" size_t spade_fast_segments_workspace(int64_t count, int64_t num) {
-  size_t bytes = 0;
-  sort_pairs(nullptr, bytes, nullptr, nullptr, nullptr, nullptr, int(count), bits_for(num), nullptr);
-  return 3 * padded(count) * sizeof(uint32_t) + bytes;
-}
-
-extern "C" cudaError_t spade_fast_segments(const int32_t* ids, int64_t count, int64_t num, int32_t* order,
-                                           int32_t* offsets, void* workspace, cudaStream_t stream) {
-  constexpr int64_t kLimit = int64_t(1) << 31;
-  if (count < 0 || count >= kLimit || num < 0 || num >= kLimit - 2) return cudaErrorInvalidValue;
-  if (count == 0) return cudaMemsetAsync(offsets, 0, (num + 1) * sizeof(*offsets), stream);
-  uint32_t* const keys = static_cast<uint32_t*>(workspace);
-  uint32_t* const sorted = keys + padded(count);
-  int32_t* const positions = reinterpret_cast<int32_t*>(sorted + padded(count));
-  void* const temporary = positions + padded(count);
-  size_t bytes = 0;
-  SPADE_FAST_CHECK(sort_pairs(nullptr, bytes, keys, sorted, positions, order, int(count), bits_for(num), stream));
-  SPADE_FAST_RUN(segments_keys_kernel, ceil_div<uint32_t>(uint32_t(count), kThreads), stream, ids, uint32_t(count),
-                 uint32_t(num), keys, positions);
-  SPADE_FAST_CHECK(sort_pairs(temporary, bytes, keys, sorted, positions, order, int(count), bits_for(num), stream));
-  SPADE_FAST_RUN(segments_offsets_kernel, ceil_div<uint32_t>(uint32_t(num) + 1, kThreads), stream, sorted,
-                 uint32_t(count), uint32_t(num), offsets);
+  SPADE_FAST_RUN(patterns_write_kernel, uint32_t(ceil_div<int64_t>(threads, kThreads)), stream, maps, uint32_t(n),
+                 capacity, per_row, t.table, t.slots, t.first_pixels, t.starts, total, pattern_ids, taps, counts,
+                 overflow);
   return cudaSuccess;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums over rows in a fixed order: of a block's threads, then of the blocks.
+// Sums over rows in a fixed order, first of a block's threads, then of the blocks.
 #pragma once
 
 #include "common.cuh"
@@ -7,7 +7,7 @@
 namespace spade_fast {
 namespace {  // kernels of its own for every file
 
-// to[column] = sum over the block's rows of `values`, for the block's columns (< c). All threads call it.
+// to[column] = the sum of `values` over the block's rows, for the block's columns below c. All threads call it.
 template <int VEC>
 __device__ __forceinline__ void sum_block_rows(const float (&values)[VEC], const RowTiling& tiling, uint32_t c,
                                                float* to) {
@@ -28,7 +28,7 @@ __device__ __forceinline__ void sum_block_rows(const float (&values)[VEC], const
 constexpr uint32_t kReduceColumns = 4;
 constexpr uint32_t kReduceLanes = kThreads / kReduceColumns;
 
-// out[g, column] = scale · the sum of parts [groups, parts, width] over its second axis.
+// out[group, column] = scale · the sum of parts [groups, count, width] over its second axis.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     reduce_parts_kernel(const float* parts, uint32_t count, uint32_t width, float scale, T* out) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stable sort of (uint32 key, int32 value) pairs: CUB's radix sort, or std::stable_sort where the kernels run on a CPU.
+// Stable sort of (uint32 key, int32 value) pairs: CUB's radix sort, or std::stable_sort when tests run it on a CPU.
 #pragma once
 
 #include "common.cuh"
@@ -14,7 +14,7 @@
 
 namespace spade_fast {
 
-// Sorts by the low `bits` bits. temporary == nullptr: only sets `bytes` to what is needed there.
+// Sorts by the low `bits` bits. If `temporary` is null, it only sets `bytes` to the size that temporary needs.
 inline cudaError_t sort_pairs(void* temporary, size_t& bytes, const uint32_t* keys, uint32_t* sorted_keys,
                               const int32_t* values, int32_t* sorted_values, int count, int bits, cudaStream_t stream) {
 #ifndef SPADE_FAST_ON_CPU

@@ -1,24 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // Mean and sum of squared deviations (M2), per channel or per sample and channel, in fp32.
 //
-// Every thread keeps Welford's running mean and M2 of the elements it meets; threads, then blocks, are merged by
-// M2 = Σ m2_i + Σ n_i (mean_i - mean)² (Chan et al. 1979), the mean summed as offsets from the first part's. Fixed
-// order: deterministic, and accurate whatever the ratio of mean to deviation.
+// Every thread keeps Welford's running mean and M2 of the elements it meets. Threads, then blocks, are merged by
+// M2 = Σ m2_i + Σ n_i (mean_i - mean)² (Chan et al. 1979). The mean is summed as offsets from the first part's mean.
+// The order is fixed, so the result is deterministic. It is accurate whatever the ratio of mean to deviation.
 #include "common.cuh"
 
 namespace spade_fast {
 namespace {
 
 constexpr int kAhead = 4;      // loads of a thread before the first is used
-constexpr int kTarget = 1024;  // blocks wanted: about what a large GPU holds at once
+constexpr int kTarget = 1024;  // blocks of a kernel: about what a large GPU holds at once
 constexpr int kMergeChannels = 4;
 constexpr int kMergeLanes = kThreads / kMergeChannels;
 
-struct Split {  // each image's h·w pixels in `splits` ranges of `span`
+// Each image's pixels in `splits` ranges of `span` pixels.
+struct Split {
   uint32_t pixels, splits, span;
 };
 
-// Running mean and M2 of VEC separate streams which have all had `seen` elements.
+// Running mean and M2 of VEC separate streams. Each has had `seen` elements.
 template <int VEC>
 struct Welford {
   float mean[VEC], m2[VEC], seen = 0.0f;
@@ -30,7 +31,7 @@ struct Welford {
   template <typename T>
   __device__ __forceinline__ void add(const Vector<T, VEC>& values) {
     seen += 1.0f;
-    const float weight = __fdividef(1.0f, seen);  // no call: / keeps registers on a stack
+    const float weight = __fdividef(1.0f, seen);  // the operator / is a call, which would keep registers on a stack
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
       const float value = values.get(i), delta = value - mean[i];
@@ -58,7 +59,7 @@ __device__ __forceinline__ void add_all(Welford<VEC>& sums, const T* from, int64
   }
 }
 
-// Merges `count` parts, read by part(i, &n, &mean, &m2); part 0 is not empty.
+// Merges `count` parts. part(i, &n, &mean, &m2) reads one. Part 0 is not empty.
 template <typename F>
 __device__ __forceinline__ void merge(uint32_t count, F&& part, float* mean, float* m2) {
   float n, m, q, total = 0.0f, shift = 0.0f, origin;
@@ -78,7 +79,8 @@ __device__ __forceinline__ void merge(uint32_t count, F&& part, float* mean, flo
   *m2 = sum;
 }
 
-// Channels-last. Block (part, columns): a range of one image's pixels -> row `part` of means and m2s [parts, c].
+// Channels-last. A block (x: part, y: columns) reads a range of one image's pixels and writes row `part` of means and
+// m2s [parts, c].
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kThreads)
     statistics_rows_kernel(const T* x, uint32_t c, Split split, FastDiv by_splits, RowTiling tiling, float* means,
@@ -114,7 +116,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// NCHW. Block: a range of one plane's pixels -> one element of means and m2s [n·splits, c]. VEC divides h·w.
+// NCHW. A block reads a range of one plane's pixels and writes one element of means and m2s [n·splits, c]. VEC divides
+// h·w.
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kThreads)
     statistics_planes_kernel(const T* x, uint32_t c, Split split, FastDiv by_splits, FastDiv by_channels, float* means,
@@ -134,12 +137,12 @@ __global__ void __launch_bounds__(kThreads)
     shared_m2[i * kThreads + threadIdx.x] = sums.m2[i];
   }
   __syncthreads();
-  // 16 threads merge a sixteenth each, then one merges those.
+  // 16 threads merge a sixteenth each, then one thread merges the sixteen results.
   constexpr uint32_t kGroups = 16, kEach = VEC * kThreads / kGroups;
   const auto count_of = [&](uint32_t i) { return float(steps(i % kThreads)); };
-  const auto group_count = [&](uint32_t g) {
+  const auto group_count = [&](uint32_t group) {
     float count = 0.0f;
-    for (uint32_t i = g; i < VEC * kThreads; i += kGroups) count += count_of(i);
+    for (uint32_t i = group; i < VEC * kThreads; i += kGroups) count += count_of(i);
     return count;
   };
   if (threadIdx.x < kGroups && threadIdx.x < vectors) {
@@ -153,17 +156,17 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    const auto part = [&](uint32_t g, float* count, float* mean, float* m2) {
-      *count = g < vectors ? group_count(g) : 0.0f;
-      *mean = row_mean[g];
-      *m2 = row_m2[g];
+    const auto part = [&](uint32_t group, float* count, float* mean, float* m2) {
+      *count = group < vectors ? group_count(group) : 0.0f;
+      *mean = row_mean[group];
+      *m2 = row_m2[group];
     };
     const int64_t to = (int64_t(n) * split.splits + part_of_plane) * c + channel;
     merge(kGroups, part, means + to, m2s + to);
   }
 }
 
-// Block (group, channels): merges that group's `parts` rows of means and m2s [groups·parts, c].
+// A block (x: group, y: channels) merges the group's `parts` rows of means and m2s [groups·parts, c].
 __global__ void __launch_bounds__(kThreads)
     statistics_merge_kernel(const float* means, const float* m2s, uint32_t c, uint32_t parts, Split split,
                             FastDiv by_splits, float* mean, float* m2) {
@@ -206,7 +209,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// `blocks_per_range` blocks are there for each range of pixels of an image, `step` pixels are read at a time.
+// `blocks_per_range` blocks read each range of an image's pixels. `step` pixels are read at a time.
 Split split_of(int64_t n, int64_t pixels, int64_t blocks_per_range, int64_t step) {
   const int64_t wanted = ceil_div<int64_t>(kTarget, n * blocks_per_range);
   const int64_t most = ceil_div<int64_t>(pixels, kAhead * step);
@@ -241,7 +244,7 @@ cudaError_t partial_planes(const T* x, int64_t n, int64_t c, int64_t pixels, Spl
   return cudaSuccess;
 }
 
-// Rows of partial results that may be needed.
+// The most rows of partial results.
 int64_t most_parts(int64_t n) { return n * ceil_div<int64_t>(kTarget, std::max<int64_t>(n, 1)); }
 
 }  // namespace

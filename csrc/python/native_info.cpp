@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module spade_fast._native_info: what the operators' library is made of, and its CUDA kernels as the present
-// device runs them. The module finds the library among those that the process has loaded, and links to nothing of it.
+// The Python module spade_fast._native_info: what the operators' library is made of, and its CUDA kernels as the
+// present device runs them. The module finds the library among those that the process has loaded, and links to nothing
+// of it.
 #include <pybind11/pybind11.h>
 
 #include <dlfcn.h>

@@ -24,9 +24,17 @@ import threading
 import time
 from pathlib import Path
 
-from .toolchain import INFO_SOURCE, BuildError, Parameters, codes, csrc, cuda_home, local_parameters, source_files
-
-INFO_MODULE = f"_native_info{sysconfig.get_config_var('EXT_SUFFIX')}"  # beside the library; for this Python alone
+from .toolchain import (
+    INFO_MODULE,
+    INFO_SOURCE,
+    BuildError,
+    Parameters,
+    codes,
+    csrc,
+    cuda_home,
+    local_parameters,
+    source_files,
+)
 
 
 def ninja_file(p: Parameters, library: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from spade_fast.native import build, loader
+from spade_fast.native import loader, toolchain
 
 NAME = "spade_fast._native_info"
 
@@ -22,8 +22,8 @@ def about() -> dict[str, Any]:
         RuntimeError: There is no extension, or no module of its build beside it. The message says what to do.
     """
     path = loader.load()["path"]
-    about: dict[str, Any] = _module(path).about(path)
-    return about
+    result: dict[str, Any] = _module(path).about(path)
+    return result
 
 
 def kernels() -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def kernels() -> list[dict[str, Any]]:
 
 
 def _module(library: str) -> ModuleType:
-    path = Path(library).with_name(build.INFO_MODULE)
+    path = Path(library).with_name(toolchain.INFO_MODULE)
     if not path.is_file():
         raise RuntimeError(
             f"{path} is missing: it was not built beside the extension, or was built for another Python. "

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spade_fast.native import build, toolchain
+from spade_fast.native import toolchain
 
 PACKAGE = Path(__file__).resolve().parents[1]
 NOT_BUILT = (
@@ -84,6 +84,8 @@ class NotBuiltError(RuntimeError):
 
 def _built(reason: str) -> Path:
     """The library of the cache for this machine, built now where that is allowed. reason: why none was found."""
+    from spade_fast.native import build  # here, because `python -m` runs a module that is not imported yet
+
     p = toolchain.local_parameters()
     library = build.cached(p)
     if library is None and not _may_build:

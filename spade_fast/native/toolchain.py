@@ -13,11 +13,13 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 DEFAULT_ARCHITECTURES = ("80", "90a", "100", "120")
 INFO_SOURCE = Path("python", "native_info.cpp")
+INFO_MODULE = f"_native_info{sysconfig.get_config_var('EXT_SUFFIX')}"  # beside the library; for this Python alone
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
