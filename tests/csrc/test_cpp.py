@@ -153,7 +153,7 @@ def test_dtypes_may_differ():
         (dict(order=torch.full((24,), 24, dtype=torch.int32)), r"are not segments\(ids, 3\)"),
         (dict(offsets=torch.tensor([0, 25, 3, 24])), r"are not segments\(ids, 3\)"),
         (dict(order=torch.zeros(5, dtype=torch.int32)), r"must be segments\(ids, 3\), got \[5\] and \[4\]"),
-        (dict(params=[torch.zeros(3, 14), torch.zeros(2, 14)], slopes=[1.0, 1.0]), "as many rows, got 3 and 2"),
+        (dict(params=[torch.zeros(3, 14), torch.zeros(2, 14)], slopes=[1.0, 1.0]), "equally many rows, got 3 and 2"),
     ],
 )
 def test_nothing_is_read_out_of_bounds(change, message):
