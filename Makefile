@@ -5,7 +5,7 @@ JOBS ?= $(shell nproc)
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: demo test lint setup gpu clean
+.PHONY: demo test lint docs bench coverage setup gpu clean
 
 setup: $(READY)
 
@@ -27,9 +27,21 @@ gpu: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --durations 15
 
+# Lines and branches that the tests reach; fails below the floor of pyproject.toml.
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term:skip-covered
+
+docs: $(READY)
+	$(PY) -m mkdocs build --strict
+
+bench: $(READY)
+	$(PY) -m pytest benchmarks --benchmark-only
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info
