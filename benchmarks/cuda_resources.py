@@ -3,8 +3,8 @@
 
     python -m benchmarks.cuda_resources [--arch 80 90 100 120] [--json FILE]
 
-No GPU is needed. Where there is one, the kernels of the loaded extension are measured on it too. The command fails when a
-kernel spills. nvcc's rows are kept in the temporary directory until the sources change.
+No GPU is needed. Where there is one, the kernels of the loaded extension are measured on it too. The command fails when
+a kernel spills. nvcc's rows are kept in the temporary directory until the sources change.
 """
 
 from __future__ import annotations

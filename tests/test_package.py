@@ -51,7 +51,7 @@ def test_wheel_holds_every_module(wheel, source):
     names = set(wheel.namelist())
     modules = {p.relative_to(source).as_posix() for p in (source / "spade_fast").rglob("*.py")}
     modules |= {f"spade_fast/kernels/{p.name}" for p in (source / "kernels").glob("*.py")}
-    modules |= {f"spade_fast/csrc/{p.name}" for p in (source / "csrc").iterdir() if p.is_file()}
+    modules |= {f"spade_fast/csrc/{p.relative_to(source / 'csrc').as_posix()}" for p in (source / "csrc").rglob("*.*")}
     assert modules <= names
     assert "spade_fast/py.typed" in names
     # nothing at the top level but the package: `tests` or `benchmarks` would clash with other packages
@@ -63,7 +63,7 @@ def test_metadata(wheel):
     assert "License-Expression: Apache-2.0" in text
     assert "Requires-Python: >=3.10" in text
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", text, re.MULTILINE)
-    assert sorted(required) == ["ninja", "numpy", "pillow", "torch", "triton"]
+    assert sorted(required) == ["ninja", "numpy", "pillow", "pybind11", "torch", "triton"]
     assert set(re.findall(r"^Provides-Extra: (\w+)", text, re.MULTILINE)) >= {"train", "dev"}
 
 
@@ -112,7 +112,8 @@ def test_an_sdist_installs_without_a_compiler_and_runs_on_torch(source, bare, tm
     sdist = source / done.stdout.split()[-1]
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
-    assert {f"{sdist.name.removesuffix('.tar.gz')}/csrc/{p.name}" for p in (source / "csrc").glob("*.c*")} <= set(names)
+    top = sdist.name.removesuffix(".tar.gz")
+    assert {f"{top}/{p.relative_to(source).as_posix()}" for p in (source / "csrc").rglob("*.*")} <= set(names)
     built = pip_wheel(sdist, tmp_path, bare)
     assert built.name.endswith("-py3-none-any.whl")
     assert run_installed(built, tmp_path, PATH="/nonexistent") == ["torch", "True"]

@@ -128,8 +128,7 @@ inline int64_t tile_pixels(int64_t channels) {
 // on after offsets[num].
 void sort_positions(const int32_t* numbers, int64_t count, int64_t num, int32_t* order, int32_t* offsets);
 
-// order [count] and offsets [num + 1] in int32, checked to be in bounds. An error says "`what` must be segments(`of`,
-// num)".
+// order [count] and offsets [num + 1] in int32, checked to be in bounds. Errors begin with `what` and name `of`.
 std::pair<at::Tensor, at::Tensor> checked_segments(const char* what, const char* of, const at::Tensor& order,
                                                    const at::Tensor& offsets, int64_t count, int64_t num);
 

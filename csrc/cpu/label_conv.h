@@ -21,8 +21,7 @@ struct Options {
   int64_t output_size(int64_t size) const { return (input_size(size) + 2 * padding - kernel) / stride + 1; }
 };
 
-// A part of what the convolution reads at one position: `weight` times the table's row of a label or of the edge
-// channel.
+// A part of what the convolution reads at one position: `weight` times the table's row of a label, or of the edges.
 template <typename A>
 struct Term {
   int32_t row;

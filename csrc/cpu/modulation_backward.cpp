@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// modulation_backward. By pattern: the gradient of the parameters as sums over each pattern's pixels, the sums that
-// normalization's gradient needs as sums over patterns, then dx in one pass over the pixels. By pixel: one pass for the
-// parameters' gradient and the sums, a second for dx where it depends on them.
+// modulation_backward, the gradients of x and of the parameters.
+//
+// By pattern, the parameters' gradient is a sum over each pattern's pixels. The sums that normalization's gradient needs
+// are then sums over patterns, and dx takes one pass over the pixels. By pixel, one pass computes the parameters' gradient
+// and these sums. A second pass computes dx if it depends on the sums.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>

@@ -54,9 +54,9 @@ struct Pixels {
 };
 
 // The gradient through `up` adjacent outputs of each pixel of x. Sums over all outputs of a pixel are in `weighted`.
-//     weighted (+)= dz·(1 + gamma)                            the part of dx / rstd that does not go through the
-//     statistics dparams = [dz·xhat | dz]                                if `dense` dx = rstd·(weighted - first -
-//     xhat·second)              if `last`: these are the last outputs of the pixels
+//     weighted (+)= dz·(1 + gamma)                  the part of dx / rstd that does not go through the statistics
+//     dparams = [dz·xhat | dz]                      if `dense`
+//     dx = rstd·(weighted - first - xhat·second)    if `last`: these are the last outputs of the pixels
 template <int up, bool fresh, bool last, bool dense, typename A>
 inline __attribute__((always_inline)) void add_outputs(const Pixels<A>& in, TileParams<A> params, Tile<const A> dout,
                                                        int64_t count, int64_t c, A slope, Tile<A> weighted,

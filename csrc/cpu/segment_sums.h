@@ -21,8 +21,8 @@ inline __attribute__((always_inline)) void sum_block(const A* rows, int64_t stri
   for (int v = 0; v < size; ++v) reinterpret_cast<V*>(sum)[v] = total[v];
 }
 
-// sum[i] = start[i] + Σ weights[r] * rows[numbers[r] * stride + i]. start may be null, and without `weighted` weights
-// too.
+// sum[i] = start[i] + Σ weights[r] * rows[numbers[r] * stride + i]. start may be null. weights may be null unless
+// `weighted`.
 template <bool weighted, typename A, typename Number>
 SPADE_FAST_CLONES void sum_rows(const A* rows, int64_t stride, int64_t width, const Number* numbers, const A* weights,
                                 int64_t count, const A* start, A* sum) {

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// embedding_sum: for each row of codes, the sum of one table row a tap, then bias and ReLU. And its backward by
-// segments.
+// embedding_sum: for each row of codes, the sum of one table row a tap, then bias and ReLU. Its backward sums by segment.
 #include <initializer_list>
 
 #include "reduce.cuh"
@@ -9,7 +8,7 @@
 namespace spade_fast {
 namespace {
 
-constexpr int kTarget = 1024;  // blocks wanted where each has a range
+constexpr int kTarget = 1024;  // blocks of a kernel whose blocks have ranges
 constexpr int kGather = 4;     // columns of a thread in backward
 
 // The rows of one tap's table [rows, width] that a code stands for, for its label and for its edge. -1: none.

@@ -3,8 +3,8 @@
 //
 // A thread has a vector of channels of one pixel of the *small* x, or of a few pixels where nothing is enlarged. So
 // each element of x is read once, even if it is upsampled and there are two outputs. All loads of x and of pattern
-// pattern_ids are issued first: a thread has 32 bytes of x in flight before it waits for rows of the table, which come
-// from the caches.
+// ids are issued first: a thread has 32 bytes of x in flight before it waits for rows of the table, which come from the
+// caches.
 #include <initializer_list>
 
 #include "modulation.cuh"

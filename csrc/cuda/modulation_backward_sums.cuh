@@ -114,9 +114,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   piece.finish();
 }
 
-// A block (x: range of patterns, y: columns, z: group) writes dparams where the sums are elsewhere, and zeros for
-// patterns without pixels. If parts [groups, ranges, 2, c] is given, it writes s1 and s2 of its range to row (group,
-// range).
+// A block (x: range of patterns, y: columns, z: group) writes dparams where the sums are elsewhere, and zeros for patterns
+// without pixels. If parts [groups, ranges, 2, c] is given, the block writes its s1 and s2 to row (group, range).
 template <typename P, int VEC>
 __global__ void __launch_bounds__(kThreads)
     pattern_finish_kernel(const P* params0, const P* params1, const float* sums0, const float* sums1, P* dparams0,

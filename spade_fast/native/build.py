@@ -36,6 +36,8 @@ from .toolchain import (
     source_files,
 )
 
+_TICK, _TICK_IN_LOG = 1, 15  # seconds between two reports of progress
+
 
 def ninja_file(p: Parameters, library: Path) -> str:
     """The text of a ninja file that builds `library`."""
@@ -125,7 +127,7 @@ def _run_watched(command: list[str]) -> tuple[int, str]:
         try:
             while True:
                 try:
-                    process.wait(timeout=1 if on_terminal else 15)
+                    process.wait(timeout=_TICK if on_terminal else _TICK_IN_LOG)
                     break
                 except subprocess.TimeoutExpired:
                     done = [found for line in output[-20:] if (found := re.match(r"\[(\d+)/(\d+)\]", line))]
@@ -148,22 +150,18 @@ def build_info_module(directory: Path, p: Parameters) -> None:
     """Compiles the Python module that reports on the library, into directory.
 
     Raises:
-        BuildError: pybind11's or Python's headers are missing, or the compiler fails.
+        BuildError: pybind11 or Python's headers are missing, or the compiler fails.
     """
     python = Path(sysconfig.get_path("include"))
     if not (python / "Python.h").is_file():
         raise BuildError(f"Python.h is not in {python}: install Python's development files")
     try:
         import pybind11
-
-        headers = Path(pybind11.get_include())
     except ImportError:
-        headers = Path(p.torch_directory) / "include"  # torch has a copy
-    if not (headers / "pybind11" / "pybind11.h").is_file():
-        raise BuildError("pybind11 is not installed: pip install pybind11")
+        raise BuildError("pybind11 is not installed: pip install pybind11") from None
     with_key = f'-DSPADE_FAST_KEY="{p.key()}"'
     options = ["-shared", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", with_key]
-    includes = [f"-I{csrc()}", "-isystem", str(headers), "-isystem", str(python)]
+    includes = [f"-I{csrc()}", "-isystem", pybind11.get_include(), "-isystem", str(python)]
     command = [*p.cxx.split(), *options, *includes, str(csrc() / INFO_SOURCE), "-o", str(directory / INFO_MODULE)]
     done = subprocess.run([*command, "-ldl"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
@@ -194,6 +192,14 @@ def cached(p: Parameters) -> Path | None:
     return library if library.exists() and library.with_suffix(".json").exists() else None
 
 
+def failure(p: Parameters) -> str | None:
+    """Why the last build with these parameters failed, or None."""
+    try:
+        return (cache_directory() / p.key() / "failed.txt").read_text()
+    except FileNotFoundError:
+        return None
+
+
 def build_cached(p: Parameters, retry: bool = False, reason: str = "") -> Path:
     """The library for these parameters, built now unless it was built before. Safe under several processes.
 
@@ -210,7 +216,7 @@ def build_cached(p: Parameters, retry: bool = False, reason: str = "") -> Path:
     import fcntl
 
     directory = cache_directory() / p.key()
-    failure = directory / "failed.txt"
+    failed = directory / "failed.txt"
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:  # the system releases it when the process ends, however it ends
         try:
@@ -219,9 +225,9 @@ def build_cached(p: Parameters, retry: bool = False, reason: str = "") -> Path:
             _say("another process builds the native extension; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         if retry:
-            failure.unlink(missing_ok=True)
-        if failure.exists():
-            raise BuildError(f"{failure.read_text()}\n(remembered; try again with `python -m spade_fast.native.build`)")
+            failed.unlink(missing_ok=True)
+        if known := failure(p):
+            raise BuildError(f"{known}\n(remembered; try again with `python -m spade_fast.native.build`)")
         library = cached(p)
         if library is None or (retry and not (directory / INFO_MODULE).exists()):
             work = directory / f"build-{os.getpid()}"
@@ -230,7 +236,7 @@ def build_cached(p: Parameters, retry: bool = False, reason: str = "") -> Path:
                     library = _build_into(directory, work, p, reason)
                 _add_info_module(directory, work, p)
             except BuildError as error:
-                failure.write_text(str(error))
+                failed.write_text(str(error))
                 raise
             finally:
                 shutil.rmtree(work, ignore_errors=True)

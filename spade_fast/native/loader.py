@@ -88,7 +88,7 @@ def _built(reason: str) -> Path:
 
     p = toolchain.local_parameters()
     library = build.cached(p)
-    if library is None and not _may_build:
+    if library is None and not _may_build and not build.failure(p):
         raise NotBuiltError(NOT_BUILT)
     return library or build.build_cached(p, reason=reason)
 

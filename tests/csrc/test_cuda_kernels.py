@@ -172,6 +172,7 @@ def test_address_sanitizer():
         pytest.skip("no address sanitizer")
     library = cuda_harness.compile_library(flags=SANITIZE)
     environment = dict(os.environ, LD_PRELOAD=runtime, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
         [sys.executable, __file__, str(library)],
         capture_output=True, text=True, env=environment, check=False, cwd=Path(__file__).parent,
