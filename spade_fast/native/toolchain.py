@@ -69,16 +69,16 @@ def architectures(nvcc: Path, otherwise: str = "") -> list[str]:
     """
     asked = (os.environ.get("TORCH_CUDA_ARCH_LIST") or otherwise).replace(" ", ";")
     if asked:
-        codes = [a.removesuffix("+PTX").replace(".", "") for a in asked.split(";") if a]
+        real = [a.removesuffix("+PTX").replace(".", "") for a in asked.split(";") if a]
         ptx = [a.removesuffix("+PTX").replace(".", "") for a in asked.split(";") if a.endswith("+PTX")]
-        for code in codes:
+        for code in real:
             if not re.fullmatch(r"\d{2,3}[af]?", code):
                 raise BuildError(f"TORCH_CUDA_ARCH_LIST must look like '8.0;9.0a+PTX', got {asked!r}")
     else:
         known = _output([str(nvcc), "--list-gpu-code"])
-        codes = [a for a in DEFAULT_ARCHITECTURES if f"sm_{a.rstrip('a')}" in known]
-        ptx = codes[-1:]
-    options = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in codes]
+        real = [a for a in DEFAULT_ARCHITECTURES if f"sm_{a.rstrip('a')}" in known]
+        ptx = real[-1:]
+    options = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in real]
     return options + [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ptx]
 
 
@@ -157,7 +157,11 @@ def _output(command: list[str]) -> str:
 
 
 def codes(gencode: list[str] | tuple[str, ...]) -> str:
-    """The architectures of -gencode options: "sm_80, sm_90a, compute_120"."""
+    """The architectures of -gencode options, as text.
+
+    >>> codes(["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=compute_90a"])
+    'sm_80, compute_90a'
+    """
     return ", ".join(option.rpartition("=")[2] for option in gencode)
 
 
