@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of modulation, on a CPU (see cuda_on_cpu.h), against the formula in float64 and autograd: partial
-blocks, tails, odd channels, unaligned pointers, every dtype; forwards and in reverse order with equal bits."""
+"""The CUDA kernels of modulation, on a CPU (see cuda_on_cpu.h), against the formula in float64 and autograd.
+
+The cases have partial blocks, tails, odd channels, unaligned pointers and every dtype. Threads and blocks run forwards
+and in reverse, and must give the same bits.
+"""
 
 import ctypes
 
@@ -43,7 +46,7 @@ class Modulation:
         shapes = (n, 2 * c, *size)
         if not dense:
             self.ids = self._ids(n, *size) if ids is None else ids
-            count = int(self.ids.max()) + 3  # of which the last two do not occur
+            count = int(self.ids.max()) + 3  # the last two do not occur
             self.order, self.offsets = _segments(self.ids, count)
             shapes = (count, 2 * c)
         params = [random(*shapes, dtype=params_dtype, seed=m + 1) for m in range(outputs)]
@@ -95,7 +98,7 @@ class Modulation:
         douts = []
         for i, z in enumerate(self.z(x, params)):
             dout = random(*z.shape, dtype=self.x.dtype, seed=10 + i)
-            dout[z.abs() < 1e-3] = 0  # where rounding decides on which side of LeakyReLU z is
+            dout[z.abs() < 1e-3] = 0  # rounding decides on which side of LeakyReLU z is
             skip = self.skip if skip_douts is None else skip_douts
             douts.append(misalign(lay_out(dout, True), skip))
         loss = sum((o * d.double()).sum() for o, d in zip(self.outs(x, params, not stats_from_x), douts, strict=True))

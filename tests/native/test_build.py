@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def nvcc(tmp_path):
-    """A stand-in which knows fewer architectures than the default list."""
+    """A stand-in that knows fewer architectures than the default list."""
     path = tmp_path / "bin" / "nvcc"
     path.parent.mkdir()
     path.write_text("#!/bin/sh\nprintf 'sm_75\\nsm_80\\nsm_90\\nsm_100\\n'\n")
@@ -134,7 +134,7 @@ def test_broken_compiler_leaves_the_torch_backend(broken_compiler, tmp_path):
 
 
 def test_several_processes_build_once(tmp_path):
-    """Four processes ask at the same moment; a compiler that counts itself runs once a source."""
+    """Four processes ask at the same moment. The compiler, which counts its calls, compiles each source once."""
     compiler = tmp_path / "counting-c++"
     compiler.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && echo "counting 1.0" && exit 0\n'

@@ -67,7 +67,7 @@ def _compile(sources: list[Path], options: list[str], link: list[str] | tuple[st
         pytest.skip(reason)
     options = [*options, "-fPIC", "-DSPADE_FAST_ON_CPU", "-w", f"-I{TESTS}", f"-I{csrc()}"]
     nvcc = find_nvcc()
-    assert nvcc is not None  # why_not found none wanting
+    assert nvcc is not None  # why_not has checked it
     options.append(f"-isystem{cuda_home(nvcc) / 'include'}")
     digest = hashlib.sha256(repr((options, link)).encode())
     for file in (*sources, *sorted((csrc() / "cuda").glob("*.*h")), TESTS / "cuda_on_cpu.h"):
@@ -187,7 +187,7 @@ class Kernels:
         self.poison = 0x7F if on else 0xFF  # 3e38, 2139062143
 
     def call(self, name: str, *arguments: object) -> None:
-        """One launcher on the null stream; RuntimeError when its status is not success."""
+        """Runs one launcher on the null stream. RuntimeError if its status is not success."""
         status = getattr(self.library, f"spade_fast_{name}")(*map(_value, arguments), ctypes.c_void_p(0))
         if status:
             raise RuntimeError(f"spade_fast_{name}: CUDA error {status}")
@@ -266,7 +266,7 @@ class Kernels:
 
 
 class BothOrders:
-    """The launchers of Kernels, each called twice: forwards and in reverse."""
+    """The launchers of Kernels. Each is called twice, forwards and in reverse."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -315,7 +315,7 @@ def close(actual, expected, size, terms=1):
     The sum has `terms` numbers, whose absolute values add up to `size`. Its error grows with the root of `terms`.
     """
     bound = torch.finfo(actual.dtype).eps / 2 * expected.abs() if actual.dtype != torch.float32 else 0.0
-    # below the smallest normal number of float16 its spacing no longer shrinks
+    # the spacing of float16 does not shrink below its smallest normal number
     bound = bound + torch.finfo(actual.dtype).tiny * torch.finfo(actual.dtype).eps
     bound = bound + 8 * ROUNDING * (1 + terms**0.5) * size
     wrong = (actual.double() - expected).abs() > bound

@@ -62,7 +62,7 @@ inline dim3 grid_size, block_size;
 inline uint3 block_index{};
 inline bool reversed = false;
 
-// Saves the callee-saved registers on this stack, its pointer in *from, and goes on on the stack `to`.
+// Saves the callee-saved registers on this stack and the stack's pointer in *from. Continues on the stack `to`.
 extern "C" void spade_fast_switch_stack(void** from, void* to);
 __asm__(
     ".text\n"
