@@ -198,7 +198,7 @@ def test_no_parameters_are_read_out_of_bounds(change, message):
 
 
 def test_many_terms_of_one_label_stay_near_float64():
-    """Most pixels of several images add to one row of the table. They are noise: no sequence of equal labels is long."""
+    """Most pixels of several images add to one row of the table. In noise, no run of equal labels is long."""
     codes = maps.noise(3, 300, 200, 2).to(torch.int32)
     for pooled in (False, True):
         options = (codes, 2, False, 3, 1, 1, pooled)

@@ -62,9 +62,7 @@ def test_patterns_of_fixed_capacity(kernels, spare):
     codes = maps.cells(2, 19, 23, 5).int()
     expected_ids, expected_taps, expected_counts = patterns_torch(codes, 3)
     capacity = len(expected_taps) + spare
-    ids, taps, counts, overflow = kernels.patterns(
-        codes, 3, capacity
-    )  # `patterns` checks that no further row is written
+    ids, taps, counts, overflow = kernels.patterns(codes, 3, capacity)  # it checks that no further row is written
     assert overflow.item() == (spare < 0)
     assert torch.equal(taps[: len(expected_taps)], expected_taps[:capacity])
     assert (taps[len(expected_taps) :] == -1).all()
