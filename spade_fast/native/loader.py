@@ -93,24 +93,26 @@ def _built(reason: str) -> Path:
     return library or build.build_cached(p, reason=reason)
 
 
-def _installed() -> list[tuple[Path, str]]:
+def _installed() -> Iterator[tuple[Path, str]]:
     """Libraries that were built at an installation, and words for each.
 
     A checkout imports this package from its own tree when Python is started in it, even where the package is installed
     elsewhere. The installation's library is as good if it was built from the same sources.
     """
-    found = {}
+    seen = {PACKAGE}
     if (PACKAGE / "_C.so").is_file():
-        found[PACKAGE / "_C.so"] = "the one built at installation"
+        yield PACKAGE / "_C.so", "the one built at installation"
     for distribution in importlib.metadata.distributions(name="spade-fast"):
         package = Path(str(distribution.locate_file("spade_fast"))).resolve()
-        if package != PACKAGE and (package / "_C.so").is_file():
-            found[package / "_C.so"] = (
-                f"Python imports spade_fast from {PACKAGE}, which shadows the installation in {package}. To use the "
-                "installation, start Python in another directory. To use the tree, install it with "
-                "`pip install --no-build-isolation -e .`. The installation's extension does not fit the tree"
-            )
-    return list(found.items())
+        if package in seen or not (package / "_C.so").is_file():
+            continue
+        seen.add(package)
+        words = (
+            f"Python imports spade_fast from {PACKAGE}, which shadows the installation in {package}. To use the "
+            "installation, start Python in another directory. To use the tree, install it with "
+            "`pip install --no-build-isolation -e .`. The installation's extension does not fit the tree"
+        )
+        yield package / "_C.so", words
 
 
 def _open(library: Path) -> dict[str, Any]:
