@@ -92,7 +92,7 @@ def build(directory: Path, p: Parameters) -> Path:
         p: What to build.
 
     Returns:
-        The library. Its stamp and, where it can be built, the Python module lie beside it.
+        The library. Its stamp lies beside it.
 
     Raises:
         BuildError: The message has the end of the compiler's output.
@@ -134,7 +134,7 @@ def _run_watched(command: list[str]) -> tuple[int, str]:
                     steps = f"step {done[-1][1]} of {done[-1][2]}" if done else "starting"
                     _say(f"building, {steps}, {time.monotonic() - start:.0f} s", "\r" if on_terminal else "\n")
         except BaseException:
-            process.kill()
+            process.terminate()  # ninja ends its compilers first
             raise
         reader.join()
     if on_terminal and time.monotonic() - start >= 1:
