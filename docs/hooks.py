@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For mkdocs: a page may link to a file of the repository outside of docs/, as ``../benchmarks/results/macs.json``.
+
+Such a link works where the pages are read in the repository. The site gets a copy of the file, and a link to it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+LINK = re.compile(r"\]\(((?:\.\./)+)([^)#]+)\)")
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The page with links into the site instead of links to the repository's files."""
+    depth = page.file.src_uri.count("/") + 1
+
+    def link(match: re.Match[str]) -> str:
+        path = ROOT / match[2]
+        if match[1] != "../" * depth or not path.is_file():
+            return match[0]  # mkdocs says what is wrong with it
+        uri = f"repository/{match[2]}"
+        if files.get_file_from_path(uri) is None:
+            files.append(File.generated(config, uri, abs_src_path=str(path)))
+        return f"]({'../' * (depth - 1)}{uri})"
+
+    return LINK.sub(link, markdown)
