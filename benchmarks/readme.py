@@ -172,7 +172,7 @@ def patches() -> list[str]:
             f"| {row['size']}×{row['size']} | {row['pixels']} | {row['hidden']} | {row['patterns']} | "
             f"{row['patterns'] / row['pixels']:.1%} | {mean['patterns_per_pixel']:.1%} |"
         )
-    return [*rows, "", source("patches.json", result, "docs/make_pictures.py --count")]
+    return [*rows, "", source("patches.json", result, "-m docs.make_pictures --count")]
 
 
 def frozen() -> list[str]:

@@ -2,8 +2,8 @@
 """Draws docs/pictures/how_it_works.png, and counts the distinct patches of real label maps.
 
     python -m spade_fast.quickstart --minutes 16 --crop-size 128 --out runs/pictures     # a small generator
-    python docs/make_pictures.py --checkpoint runs/pictures
-    python docs/make_pictures.py --count                                                 # benchmarks/results/patches.json
+    python -m docs.make_pictures --checkpoint runs/pictures
+    python -m docs.make_pictures --count      # writes benchmarks/results/patches.json
 
 The label map is docs/pictures/labels.png with edges.png: one of COCO-Stuff (annotations CC BY 4.0), 256×256. The
 generator was trained on the built-in landscapes, so each class of COCO-Stuff becomes the landscape class most like it.
@@ -12,17 +12,12 @@ generator was trained on the built-in landscapes, so each class of COCO-Stuff be
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from benchmarks.common import label_maps, stamp, write_json
+from benchmarks.common import ROOT, label_maps, stamp, write_json
 from spade_fast import LabelMap, load_generator
 from spade_fast.data.coco import CLASS_NAMES
 from spade_fast.data.synthetic.scenery import CLASS_NAMES as LANDSCAPE
@@ -30,7 +25,7 @@ from spade_fast.data.synthetic.scenery import PALETTE
 from spade_fast.functional import ModulationNetwork, gamma_beta
 from spade_fast.pictures import to_uint8
 
-PICTURES = HERE / "pictures"
+PICTURES = ROOT / "docs" / "pictures"
 SIZES = (256, 128, 64, 32, 16)
 LIKE = {"truck": "car", "clouds": "sky", "grass": "grass", "road": "road", "tree": "tree", "unknown": "building"}
 CELL, GAP, LINE, INK = 320, 24, 26, (40, 40, 40)
@@ -170,12 +165,14 @@ def _image(values: np.ndarray) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m docs.make_pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", help="run of a generator of the built-in landscapes: draws the picture")
     parser.add_argument("--count", action="store_true", help="writes benchmarks/results/patches.json")
     options = parser.parse_args()
     if options.count:
-        write_json(str(HERE.parent / "benchmarks" / "results" / "patches.json"), count())
+        write_json(ROOT / "benchmarks" / "results" / "patches.json", count())
     if options.checkpoint:
         draw(options.checkpoint).save(PICTURES / "how_it_works.png", optimize=True)
 
