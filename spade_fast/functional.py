@@ -314,7 +314,7 @@ def _hidden_rows(
 def _instance_norm(values: Tensor, patterns: Patterns | None, eps: float) -> Tensor:
     """The instance norm of a map given by pixel, or by pattern: statistics are then weighted by the patterns' sizes."""
     if patterns is None:
-        return F.instance_norm(values, eps=eps)
+        return reference.instance_norm(values, eps=eps)
     # In float64: the table is small, and sums over patterns of very different sizes cancel in its gradient.
     rows, n, pixels = values.to(torch.float64), len(patterns.ids), patterns.ids[0].numel()
     counts = torch.tensor(patterns.counts, device=values.device)
@@ -328,7 +328,7 @@ def _instance_norm(values: Tensor, patterns: Patterns | None, eps: float) -> Ten
 
 def is_native(norm: Norm) -> bool:
     """Whether `spade` evaluates a norm within the modulation."""
-    known = type(norm) in (nn.BatchNorm2d, nn.InstanceNorm2d)
+    known = type(norm) in (nn.BatchNorm2d, nn.InstanceNorm2d, reference.InstanceNorm2d)
     return known and changed_norm(norm, norm.num_features) is None
 
 

@@ -22,6 +22,27 @@ def check_layer_options(norm: str, kernel_size: int, **sizes: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value!r}")
 
 
+def instance_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """``F.instance_norm`` of x [N, C, H, W], whose gradient is right for one image on a CPU.
+
+    torch 2.13 computes a wrong input gradient there if the incoming gradient is in channels-last memory. Its group norm
+    with a group for each channel is the same function and has no such fault.
+    """
+    if x.device.type == "cpu" and x.shape[0] == 1 and x.shape[2] * x.shape[3] > 1:
+        return F.group_norm(x.contiguous(), x.shape[1], weight, bias, eps)
+    return F.instance_norm(x, weight=weight, bias=bias, eps=eps)
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """``nn.InstanceNorm2d`` with the gradient of :func:`instance_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W] -> [N, C, H, W]; statistics of each image and channel."""
+        if x.dim() != 4 or x.shape[1] != self.num_features or self.track_running_stats:
+            return super().forward(x)
+        return instance_norm(x, self.weight, self.bias, self.eps)
+
+
 def param_free_norm(norm: str, num_features: int) -> nn.Module:
     """The normalization of a SPADE layer, without learned affine parameters (eps 1e-5).
 
@@ -31,7 +52,7 @@ def param_free_norm(norm: str, num_features: int) -> nn.Module:
     if norm in ("syncbatch", "batch"):
         return nn.BatchNorm2d(num_features, affine=False)
     if norm == "instance":
-        return nn.InstanceNorm2d(num_features, affine=False)
+        return InstanceNorm2d(num_features, affine=False)
     return nn.Identity()
 
 

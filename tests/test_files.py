@@ -77,6 +77,23 @@ def test_a_live_run_keeps_others_out_and_a_killed_one_does_not(tmp_path, holder,
     assert os.listdir(run.path) == []
 
 
+def test_two_runs_of_one_process_exclude_each_other(tmp_path):
+    """And the second leaves the first its lock, which a closed file would lift."""
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "other" / ".." / "run")
+    first.lock()
+    (tmp_path / "other").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"run: another run of this process .* trains in this directory"):
+        second.lock()
+    code = "import sys; from spade_fast.train.run_directory import RunDirectory; RunDirectory(sys.argv[1]).lock()"
+    result = subprocess.run([sys.executable, "-c", code, first.path], capture_output=True, text=True)
+    assert result.returncode == 1 and f"another process (process {os.getpid()} on " in result.stderr
+    first.unlock()
+    second.lock()
+    del second  # nothing uses it any more
+    first.lock()
+    first.unlock()
+
+
 def test_a_run_that_fails_at_the_start_leaves_nothing(tmp_path, capsys):
     options = "--dataset folder --num-classes 2 --label-dir absent --image-dir absent --lambda-vgg 0".split()
     code = train([*options, "--out", str(tmp_path / "a/b")])
@@ -247,6 +264,31 @@ def test_signals_are_kept_and_only_a_second_interrupt_ends_at_once(number):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_later_sigterm_ends_at_once(number, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("spade_fast.train.stopping.time.monotonic", lambda: now[0])
+    with StopSignals() as stop:
+        os.kill(os.getpid(), number)
+        now[0] += 0.9
+        os.kill(os.getpid(), signal.SIGTERM)  # the launcher's
+        now[0] += 0.2
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.sigpending()
+        assert ended.value.code == 143 and stop.received == number
+
+
+def test_a_sigterm_after_a_warning_still_lets_the_run_be_saved(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("spade_fast.train.stopping.time.monotonic", lambda: now[0])
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        now[0] += 60
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGUSR1
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored():

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference layer and block against formulas written out in numpy float64."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from spade_fast.layers import SPADEResnetBlock
-from spade_fast.reference import SPADE
+from spade_fast.models import SPADEGenerator
+from spade_fast.reference import SPADE, InstanceNorm2d
 
 
 def conv(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, stride: int = 1, padding: int = 0) -> np.ndarray:
@@ -150,3 +154,49 @@ def test_block_equals_the_formula(fin, fout, upsample):
 def test_bad_options_are_named(option, message):
     with pytest.raises(ValueError, match=message):
         SPADE(4, 3, **option)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_gradient_of_one_image_in_channels_last_memory(affine):
+    """Against numbers written out: torch's own instance norm on a CPU gives others."""
+    torch.manual_seed(0)
+    x, given = torch.randn(2, 1, 6, 4, 5, dtype=torch.float64)
+    norm = InstanceNorm2d(6, affine=affine).double()
+    scale = torch.ones(6, dtype=torch.float64)
+    if affine:
+        scale = nn.init.normal_(norm.weight).detach()
+    centered = (x - x.mean((2, 3), keepdim=True)).numpy()
+    rstd = 1 / np.sqrt((centered**2).mean((2, 3), keepdims=True) + 1e-5)
+    g = (given * scale[:, None, None]).numpy()
+    xhat, mean = centered * rstd, (2, 3)
+    want = rstd * (g - g.mean(mean, keepdims=True) - xhat * (g * xhat).mean(mean, keepdims=True))
+    for order_x, order_g in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
+        leaf = x.clone(memory_format=order_x).requires_grad_()
+        out = norm(leaf)
+        np.testing.assert_allclose(out.detach(), xhat * scale[:, None, None].numpy(), rtol=1e-12, atol=1e-12)
+        out.backward(given.clone(memory_format=order_g))
+        np.testing.assert_allclose(leaf.grad, want, rtol=1e-12, atol=1e-12)
+
+
+def test_instance_norm_of_one_value_is_refused_and_others_are_torchs():
+    norm, plain = InstanceNorm2d(3), nn.InstanceNorm2d(3)
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        norm(torch.ones(1, 3, 1, 1))
+    for x in (torch.randn(2, 3, 4, 5), torch.randn(3, 4, 5)):
+        assert torch.equal(norm(x), plain(x))
+    assert not norm.state_dict()
+
+
+def test_a_plain_generator_of_one_image_in_channels_last_memory():
+    """Its gradients are those of the same generator in torch's usual order."""
+    segmap = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    torch.manual_seed(0)
+    net = SPADEGenerator(3, ngf=2, crop_size=64, norm="instance", spade="reference").double().eval()
+    grads = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        net.to(memory_format=order)
+        net(segmap.clone(memory_format=order)).square().sum().backward()
+        grads.append({name: p.grad.clone() for name, p in net.named_parameters()})
+        net.zero_grad()
+    for name, want in grads[0].items():
+        torch.testing.assert_close(grads[1][name], want, rtol=1e-8, atol=1e-10, msg=name)

@@ -29,7 +29,8 @@ def fuse(
     by what they are made of, not by their names, and kept only if outputs, all gradients and buffers agree with the
     module's on random input, in evaluation and training, with random weights and its own. All others are left, and the
     report says why. A fused layer that is changed afterwards (a submodule, a hook, an option), is traced, compiled,
-    exported or transformed by ``torch.func``, or is called with arguments unlike those proven, runs as before.
+    exported or transformed by ``torch.func``, or is called with arguments unlike those proven, runs as before. A fused
+    layer takes a :class:`spade_fast.LabelMap` for its one-hot map, too.
 
     Args:
         model: any module. Its parameters are float32 or float64.

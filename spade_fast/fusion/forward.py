@@ -10,8 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from spade_fast import reference
 from spade_fast.functional import conditioning, gamma_beta, spade
 from spade_fast.fusion.structure import Structure
+from spade_fast.labels.label_map import LabelMap
 from spade_fast.labels.map_scope import map_scope
 
 Adapter = Callable[..., tuple[Tensor, Tensor]]
@@ -46,7 +48,13 @@ class FusedForward(_Forward):
         self.warned = False
 
     def original(self, *args, **kwargs):
+        """The module's own function; of a LabelMap it is given the one-hot map."""
+        args = [self._dense(value) for value in args]
+        kwargs = {name: self._dense(value) for name, value in kwargs.items()}
         return type(self.module).forward(self.module, *args, **kwargs)
+
+    def _dense(self, value):
+        return value.one_hot(next(self.module.parameters()).dtype) if isinstance(value, LabelMap) else value
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling() or _observed():
@@ -65,13 +73,13 @@ class FusedForward(_Forward):
             return self.original(*args, **kwargs)
         return self.compute(*taken)
 
-    def compute(self, x: Tensor | None, labels: Tensor):
+    def compute(self, x: Tensor | None, labels: LabelMap | Tensor):
         network = self.structure.network()
         if self.structure.only_map:
             return gamma_beta(labels, network)
         return spade(x, labels, network, self.structure.norm)
 
-    def _arguments(self, args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor] | None:
+    def _arguments(self, args: tuple, kwargs: dict) -> tuple[Tensor | None, LabelMap | Tensor] | None:
         """(x, map), or None for a call that is not like those proven."""
         if self.adapter is not None:
             x, labels = self.adapter(*args, **kwargs)
@@ -83,17 +91,17 @@ class FusedForward(_Forward):
         structure = self.structure
         if not structure.only_map and type(x) not in _PLAIN:
             return None
-        if type(labels) not in _PLAIN or labels.dim() != 4 or labels.shape[1] != structure.shared.in_channels:
+        if type(labels) not in (*_PLAIN, LabelMap):
             return None
-        if labels.numel() == 0 or labels.is_meta:
+        shape = reference.segmap_shape(labels)
+        if len(shape) != 4 or shape[1] != structure.shared.in_channels or 0 in shape or labels.device.type == "meta":
             return None
-        size = labels.shape[2:]
-        tensors = [labels]
+        size, tensors = shape[2:], [labels]
         if not structure.only_map:
-            if x.dim() != 4 or x.shape[:2] != (labels.shape[0], structure.channels) or x.numel() == 0:
+            if x.dim() != 4 or x.shape[:2] != (shape[0], structure.channels) or x.numel() == 0:
                 return None
-            size, tensors = x.shape[2:], [x, labels]
-            if not self.resizes and labels.shape[2:] != size:
+            size, tensors = tuple(x.shape[2:]), [x, labels]
+            if not self.resizes and shape[2:] != size:
                 return None
         if structure.padding == "reflect" and min(size) <= structure.shared.kernel_size[0] // 2:
             return None
@@ -104,7 +112,8 @@ class FusedForward(_Forward):
                 f"a fused {type(self.module).__name__} has its weights on {device} and was called with tensors on "
                 f"{', '.join(str(t.device) for t in tensors)} (torch.nn.DataParallel needs spade_fast.unfuse first)"
             )
-        if any(t.dtype != dtype for t in tensors) and not torch.is_autocast_enabled(device.type):
+        unlike = any(isinstance(t, Tensor) and t.dtype != dtype for t in tensors)
+        if unlike and not torch.is_autocast_enabled(device.type):
             return None
         return x, labels
 

@@ -296,7 +296,7 @@ def _padding(convs: list[tuple[str, nn.Conv2d]]) -> str:
 
 def _instance_eps(inner: list[tuple[str, nn.Module]], heads: list[list[nn.Conv2d]]) -> float | None:
     for name, part in inner:
-        if type(part) is not nn.InstanceNorm2d or part.affine or part.track_running_stats:
+        if type(part) not in (nn.InstanceNorm2d, reference.InstanceNorm2d) or part.affine or part.track_running_stats:
             raise NotUnderstood(f"{name} is a {type(part).__name__}")
     if not inner:
         return None

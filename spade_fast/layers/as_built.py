@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
+from spade_fast.reference import InstanceNorm2d
+
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
@@ -89,7 +91,7 @@ def changed_convolution(
 
 def changed_norm(module: nn.Module, channels: int) -> str | None:
     """What makes `module` more than a normalization without affine parameters that the statistics kernels compute."""
-    for kind in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.Identity):
+    for kind in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, InstanceNorm2d, nn.Identity):
         if type(module) is kind:
             break
     else:
@@ -99,7 +101,7 @@ def changed_norm(module: nn.Module, channels: int) -> str | None:
         return why
     if module.affine or module.weight is not None or module.bias is not None:
         return "is affine"
-    if kind is nn.InstanceNorm2d and module.track_running_stats:
+    if issubclass(kind, nn.InstanceNorm2d) and module.track_running_stats:
         return "tracks running statistics"
     if module.num_features != channels:
         return f"is for {module.num_features} channels, not {channels}"

@@ -58,7 +58,8 @@ class FusedSPADE(nn.Module):
       through its own forward, with one warning that names it. The rest stays fused.
     - Under ``torch.jit.trace``, ``torch.export``, ONNX export, ``torch.func`` and forward-mode derivatives, torch's own
       operations compute it.
-    - It can be differentiated twice, except with statistics over several processes, which is refused by name.
+    - It can be differentiated twice, except with statistics over several processes, which is refused by name. So is
+      the paragraph above for training with such statistics.
 
     Raises:
         ValueError: an option out of range.
@@ -224,6 +225,8 @@ def modulate(
         pairs = [modulate(x, labels, [layer], [slope], upsample) for layer, slope in zip(layers, slopes, strict=True)]
         return [outs[0] for outs, _ in pairs], [recipes[0] for _, recipes in pairs]
     network, norm = changes[0]
+    if norm is not None:
+        _refuse_own_statistics(first, f"{norm}, so it")
     for why in (network, norm):
         if why is not None:
             first.warn(why)
@@ -296,11 +299,25 @@ def _enlarged(x: Tensor, upsample: int) -> Tensor:
 
 def _by_torch(x: Tensor, labels: LabelMap | Tensor, layer: FusedSPADE, slope: float, upsample: int) -> Tensor:
     """The reference formula through the layer's submodules, which a trace, an export or a transform can follow."""
+    _refuse_own_statistics(layer, "a trace, an export, a transform of torch.func or a forward-mode derivative")
     x = _enlarged(x, upsample)
     segmap = reference.as_segmap(labels, next(layer.parameters()).dtype)
     hidden = layer.mlp_shared(F.interpolate(segmap, size=x.shape[2:], mode="nearest"))
     out = layer.param_free_norm(x) * (1 + layer.mlp_gamma(hidden)) + layer.mlp_beta(hidden)
     return out if slope == 1.0 else F.leaky_relu(out, slope)
+
+
+def _refuse_own_statistics(layer: FusedSPADE, what: str) -> None:
+    """Raises RuntimeError where the norm's own forward would take statistics of this process alone, but the layer
+    shares its statistics over several processes."""
+    norm = layer.param_free_norm
+    own = isinstance(norm, nn.BatchNorm2d) and (norm.training or norm.running_mean is None)
+    if own and sync.layer_group(layer) is not None:
+        raise RuntimeError(
+            f'FusedSPADE with norm="syncbatch" on several processes: {what} would take batch statistics of this '
+            'process alone; call eval() first, take norm="batch", whose statistics are each process\'s own, or put '
+            "torch.nn.SyncBatchNorm.convert_sync_batchnorm(network) in its place"
+        )
 
 
 def _few_pixels(x: Tensor, layer: FusedSPADE) -> bool:

@@ -33,6 +33,11 @@ def hold_power_iteration() -> Iterator[None]:
         _held -= 1
 
 
+def has_spectral_norm(network: nn.Module) -> bool:
+    """Whether some layer of a network is spectrally normalized, by this module or by torch's hook."""
+    return any("weight_u" in module._buffers for module in network.modules())
+
+
 class _Marker(SpectralNorm):
     """Lets ``torch.nn.utils.remove_spectral_norm`` find the layer, which divides by sigma itself."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from spade_fast.files import load_tensors, writing
 from spade_fast.layers.spectral import EPS
 from spade_fast.models import ConvEncoder, SPADEGenerator
-from spade_fast.models.norms import SPECTRAL
+from spade_fast.models.norms import SPECTRAL, conv_norm
 
 FORMAT = "spade_fast.checkpoint/1"
 WEIGHTS = ("auto", "ema", "last")
@@ -252,6 +252,7 @@ def load_generator(path: str | Path, weights: str = "auto", **overrides) -> SPAD
         if not isinstance(part, Mapping) or not part.keys() >= {"state_dict", "options"}:
             raise CheckpointError(f"{path} holds no generator with its options")
         state, options = part["state_dict"], {**part["options"], **overrides}
+        options["spectral_norm"] = _spectral_norm(state, r"\w+\.conv_[01s]", path)  # it may have been removed
     else:
         raise CheckpointError(f"{path} is neither a checkpoint of this package ({FORMAT}) nor a bare state dict")
     net = SPADEGenerator(**options)
@@ -271,7 +272,9 @@ def load_encoder(path: str | Path) -> ConvEncoder:
         state = _strip(loaded)
         options = _infer_encoder_options(state, path)
     elif isinstance(loaded, Mapping) and loaded.get("format") == FORMAT and loaded.get("encoder"):
-        state, options = loaded["encoder"]["state_dict"], loaded["encoder"]["options"]
+        state, options = loaded["encoder"]["state_dict"], dict(loaded["encoder"]["options"])
+        if not _spectral_norm(state, r"layer\d(?:\.0)?", path):  # it may have been removed
+            options["norm"] = conv_norm(options.get("norm", SPECTRAL + "instance"))[1]
     else:
         raise CheckpointError(f"{path} holds no encoder; train one with --use-vae")
     net = ConvEncoder(**options)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from spade_fast.labels.label_map import LabelMap
 from spade_fast.layers.as_built import changed, changed_convolution, torch_only
 from spade_fast.layers.spade import SLOPE
-from spade_fast.models.norms import normalized_conv
+from spade_fast.models.norms import current_norm, normalized_conv
 from spade_fast.ops.label_conv import label_conv
 from spade_fast.reference import segmap_shape
 
@@ -100,9 +102,15 @@ class MultiscaleDiscriminator(nn.Module):
         norm: str = "spectralinstance",
     ) -> None:
         super().__init__()
-        self.options = dict(label_nc=label_nc, image_nc=image_nc, ndf=ndf, n_layers=n_layers, num_d=num_d, norm=norm)
+        self._options = dict(label_nc=label_nc, image_nc=image_nc, ndf=ndf, n_layers=n_layers, num_d=num_d, norm=norm)
         for i in range(num_d):
             self.add_module(f"discriminator_{i}", PatchDiscriminator(label_nc + image_nc, ndf, n_layers, norm))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that build a network which this one's state dict fits: those given, with the norm as it now is
+        (see :func:`spade_fast.models.norms.current_norm`)."""
+        return {**self._options, "norm": current_norm(self._options["norm"], self)}
 
     def forward(self, segmap, image: Tensor | None = None) -> list[list[Tensor]]:
         """Features of every scale.
@@ -123,15 +131,15 @@ class MultiscaleDiscriminator(nn.Module):
         elif torch_only():
             segmap = segmap.one_hot(image.dtype)
         n, label_nc, *size = segmap_shape(segmap)
-        if label_nc != self.options["label_nc"]:
-            want = self.options["label_nc"]
+        if label_nc != self._options["label_nc"]:
+            want = self._options["label_nc"]
             raise ValueError(f"segmap must have {want} channels (label_nc={want}), got {label_nc}")
-        image_nc = self.options["image_nc"]
+        image_nc = self._options["image_nc"]
         if image.ndim != 4 or image.shape[0] % n or list(image.shape[1:]) != [image_nc, *size]:
             want = f"[M·{n}, {image_nc}, {size[0]}, {size[1]}]"
             raise ValueError(f"image must have shape {want} to match segmap, got {list(image.shape)}")
         features = []
-        for i in range(self.options["num_d"]):
+        for i in range(self._options["num_d"]):
             if i:
                 image = _half(image)
                 if i == 2 and isinstance(segmap, LabelMap):  # a pool of a pool is not a gather of nine codes
@@ -143,7 +151,7 @@ class MultiscaleDiscriminator(nn.Module):
 
     def _parted(self, joined: LabelMap | Tensor) -> tuple[Tensor, Tensor]:
         """(segmap, image) of one tensor with the channels of both."""
-        label_nc, image_nc = self.options["label_nc"], self.options["image_nc"]
+        label_nc, image_nc = self._options["label_nc"], self._options["image_nc"]
         shape = list(segmap_shape(joined))
         if not isinstance(joined, Tensor) or len(shape) != 4 or shape[1] != label_nc + image_nc:
             raise ValueError(

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spade_fast.layers.spade import SLOPE
-from spade_fast.models.norms import normalized_conv
+from spade_fast.models.norms import current_norm, normalized_conv
 
 INPUT_SIZE = 256
 
@@ -27,13 +29,19 @@ class ConvEncoder(nn.Module):
 
     def __init__(self, ngf: int = 64, z_dim: int = 256, norm: str = "spectralinstance") -> None:
         super().__init__()
-        self.options = dict(ngf=ngf, z_dim=z_dim, norm=norm)
+        self._options = dict(ngf=ngf, z_dim=z_dim, norm=norm)
         widths = [3, ngf, 2 * ngf, 4 * ngf, 8 * ngf, 8 * ngf, 8 * ngf]
         for i in range(1, 7):
             self.add_module(f"layer{i}", normalized_conv(widths[i - 1], widths[i], 3, 2, 1, norm))
         side = INPUT_SIZE // 2**6
         self.fc_mu = nn.Linear(widths[-1] * side * side, z_dim)
         self.fc_var = nn.Linear(widths[-1] * side * side, z_dim)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that build a network which this one's state dict fits: those given, with the norm as it now is
+        (see :func:`spade_fast.models.norms.current_norm`)."""
+        return {**self._options, "norm": current_norm(self._options["norm"], self)}
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Images [N, 3, H, W] in [-1, 1] (resized to 256×256) -> (mu, logvar), each [N, z_dim]."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from spade_fast.labels.label_map import LabelMap
 from spade_fast.labels.map_scope import map_scope
 from spade_fast.layers.as_built import changed, changed_convolution, torch_only
 from spade_fast.layers.spade import SLOPE, SPADEResnetBlock, recognize, recomputing
-from spade_fast.layers.spectral import SpectralConv2d
+from spade_fast.layers.spectral import SpectralConv2d, has_spectral_norm
 from spade_fast.ops.label_conv import label_conv
 from spade_fast.reference import as_segmap, segmap_shape
 
@@ -79,7 +80,7 @@ class SPADEGenerator(nn.Module):
         super().__init__()
         self.fused = spade == "fused"
         self.checkpoint_blocks = False  # True: only each block's input is kept for backward, which computes it again
-        self.options = dict(
+        self._options = dict(
             label_nc=label_nc,
             ngf=ngf,
             crop_size=crop_size,
@@ -132,24 +133,30 @@ class SPADEGenerator(nn.Module):
         return self
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that build a network which this one's state dict fits: those given, and no spectral norm once
+        ``torch.nn.utils.remove_spectral_norm`` was called on its convolutions."""
+        return {**self._options, "spectral_norm": self._options["spectral_norm"] and has_spectral_norm(self)}
+
+    @property
     def output_size(self) -> tuple[int, int]:
         """(height, width) of the image."""
-        scale = 2 ** UPSAMPLING_LAYERS[self.options["num_upsampling_layers"]]
+        scale = 2 ** UPSAMPLING_LAYERS[self._options["num_upsampling_layers"]]
         return self.start[0] * scale, self.start[1] * scale
 
     def blocks(self) -> list[tuple[SPADEResnetBlock, int]]:
         """The residual blocks in order, each with the factor its input is enlarged by."""
-        middle = 1 if self.options["num_upsampling_layers"] == "normal" else 2
+        middle = 1 if self._options["num_upsampling_layers"] == "normal" else 2
         blocks = [(self.head_0, 1), (self.G_middle_0, 2), (self.G_middle_1, middle)]
         blocks += [(self.up_0, 2), (self.up_1, 2), (self.up_2, 2), (self.up_3, 2)]
-        return [*blocks, (self.up_4, 2)] if self.options["num_upsampling_layers"] == "most" else blocks
+        return [*blocks, (self.up_4, 2)] if self._options["num_upsampling_layers"] == "most" else blocks
 
     def _first_features(self, labels: LabelMap | Tensor, z: Tensor | None) -> Tensor:
         weight, n = next(self.fc.parameters()), segmap_shape(labels)[0]
         if self.z_dim is None:
             if z is not None:
                 raise ValueError("z was given, but this generator starts from the segmentation map (z_dim=None)")
-            channels = self.options["label_nc"], 16 * self.options["ngf"]
+            channels = self._options["label_nc"], 16 * self._options["ngf"]
             if isinstance(labels, LabelMap) and changed_convolution(self.fc, *channels, 3):
                 labels = labels.one_hot(weight.dtype)
             if isinstance(labels, Tensor):
@@ -173,7 +180,7 @@ class SPADEGenerator(nn.Module):
         Returns:
             Images [N, 3, H, W] in [-1, 1].
         """
-        shape, want = segmap_shape(segmap), self.options["label_nc"]
+        shape, want = segmap_shape(segmap), self._options["label_nc"]
         if len(shape) != 4 or shape[1] != want:
             raise ValueError(f"segmap must have shape [N, {want}, h, w] (label_nc={want}), got {list(shape)}")
         with map_scope():

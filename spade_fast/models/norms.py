@@ -7,8 +7,8 @@ import re
 
 from torch import nn
 
-from spade_fast.layers.spectral import SpectralConv2d
-from spade_fast.reference import check_layer_options
+from spade_fast.layers.spectral import SpectralConv2d, has_spectral_norm
+from spade_fast.reference import InstanceNorm2d, check_layer_options
 
 SPECTRAL = "spectral"
 # Of the discriminator and the encoder.
@@ -29,6 +29,13 @@ def conv_norm(name: str) -> tuple[bool, str]:
     if known not in CONV_NORMS:
         raise ValueError(f"norm must be one of {', '.join(CONV_NORMS)}, got {name!r}")
     return known.startswith(SPECTRAL), known.removeprefix(SPECTRAL)
+
+
+def current_norm(name: str, network: nn.Module) -> str:
+    """A norm_D or norm_E of a network as it now is: without ``spectral`` once ``torch.nn.utils.remove_spectral_norm``
+    was called on its convolutions."""
+    spectral, norm = conv_norm(name)
+    return norm if spectral and not has_spectral_norm(network) else name
 
 
 def norm_g_options(norm_g: str) -> dict[str, str | int | bool]:
@@ -63,4 +70,4 @@ def normalized_conv(fin: int, fout: int, kernel_size: int, stride: int, padding:
     conv = kind(fin, fout, kernel_size, stride=stride, padding=padding, bias=norm == "none")
     if norm == "none":
         return conv
-    return nn.Sequential(conv, nn.InstanceNorm2d(fout) if norm == "instance" else nn.BatchNorm2d(fout))
+    return nn.Sequential(conv, InstanceNorm2d(fout) if norm == "instance" else nn.BatchNorm2d(fout))

@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import json
 import os
 import random
 import socket
 import warnings
+import weakref
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +23,9 @@ from spade_fast.files import cause, writing
 from spade_fast.models.checkpoint import atomic_save, checkpoint_path, list_checkpoints, remove_leftovers, safe_load
 
 LOCK = ".lock"
+# What this process has locked, by process, device and inode: the system's locks do not exclude their own process, and
+# opening and closing a locked file once more would lift its lock. A forked process has no part in it.
+_locked: weakref.WeakValueDictionary[tuple[int, int, int], RunDirectory] = weakref.WeakValueDictionary()
 
 
 class RunDirectoryError(RuntimeError):
@@ -36,6 +41,7 @@ class RunDirectory:
         self.stats = self.path / "stats.jsonl"
         self.samples = self.path / "samples"
         self._lock: IO[str] | None = None
+        self._key: tuple[int, int, int] | None = None
         self._made: list[Path] = []
 
     def require_new(self) -> None:
@@ -46,20 +52,47 @@ class RunDirectory:
             )
 
     def lock(self) -> None:
-        """Keeps other processes out until `unlock` or the end of this one, however it ends; then removes what killed
-        saves left. Makes the directory.
+        """Keeps others out, in this process too, until `unlock` or the end of this one, however it ends; then removes
+        what killed saves left. Makes the directory.
 
         Raises:
-            RunDirectoryError: another process trains in it.
+            RunDirectoryError: another process trains in it, or another run of this process.
             WriteError: it can't be written.
         """
-        if self._lock is not None:
+        if self._key is not None:
             return
         path = self.path / LOCK
         with writing(self.path):
             missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._made = missing
+            status = self.path.stat()
+        self._claim((os.getpid(), status.st_dev, status.st_ino))
+        try:
+            self._lock_file(path)
+        except BaseException:
+            self.unlock()
+            raise
+        if self._lock is not None:
+            remove_leftovers(self.path)
+
+    def _claim(self, key: tuple[int, int, int]) -> None:
+        """Raises RunDirectoryError when another RunDirectory of this process holds the directory."""
+        if _locked.setdefault(key, self) is not self:
+            gc.collect()  # one that nothing uses any more
+            if _locked.setdefault(key, self) is not self:
+                raise RunDirectoryError(
+                    f"{self.path}: another run of this process (process {os.getpid()}) trains in this directory; wait "
+                    "for its end, or take another --out"
+                )
+        self._key = key
+
+    def _release(self) -> None:
+        if self._key is not None:
+            _locked.pop(self._key, None)
+        self._key = None
+
+    def _lock_file(self, path: Path) -> None:
         while self._lock is None:
             with writing(path):
                 file = open(path, "a+")  # noqa: SIM115 -- open for as long as the lock is held
@@ -85,10 +118,10 @@ class RunDirectory:
             self._lock.truncate(0)
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self._lock.flush()
-        remove_leftovers(self.path)
 
     def unlock(self) -> None:
         """Lets others in; a directory that `lock` made and nothing was written to goes."""
+        self._release()
         if self._lock is None:
             return
         with contextlib.suppress(OSError):

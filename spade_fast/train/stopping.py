@@ -1,32 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals as a wish to stop that the training loop fulfils after the step it is in, by saving.
 
-    SIGTERM            the scheduler, or kill
+    SIGTERM            the scheduler, or kill; one more, a second or later after it, ends the program at once
     SIGINT             Ctrl-C; a second one ends the program at once, without saving
     SIGHUP             the terminal is gone; ignored where it is at the start, as under nohup
     SIGUSR1, SIGUSR2   a warning before the end of a job's time, as of Slurm's --signal
 
-A second signal other than SIGINT changes nothing: launchers and schedulers send several to each process.
+Any other second signal changes nothing, nor does an earlier second SIGTERM: launchers and schedulers send several to
+each process.
 """
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 
 STOPPING = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"))
 
+REPEATED = 1.0  # seconds within which a launcher's SIGTERM repeats the one that its process group got
+STATUS_TERMINATED = 128 + signal.SIGTERM
+
 
 class StopSignals:
-    """While entered, the first signal of STOPPING is kept in `received`; a SIGINT after it interrupts at once."""
+    """While entered, the first signal of STOPPING is kept in `received`. A SIGINT after it raises KeyboardInterrupt;
+    a SIGTERM that is REPEATED seconds after an earlier SIGTERM or SIGINT raises SystemExit."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._asked: float | None = None  # when the first SIGTERM or SIGINT came
         self._previous: dict[int, object] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number in (signal.SIGTERM, signal.SIGINT):
+            now = time.monotonic()
+            if self._asked is None:
+                self._asked = now
+            elif now - self._asked >= REPEATED:
+                raise SystemExit(STATUS_TERMINATED)
         if self.received is None:
             self.received = signal.Signals(number)
 

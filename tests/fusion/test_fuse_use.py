@@ -5,11 +5,11 @@ import warnings
 
 import pytest
 import torch
-from fuse_cases import Network, plain, ran_fused
+from fuse_cases import FUSED, Network, named, plain, ran_fused
 from torch import nn
 
-from spade_fast import fuse, unfuse
-from spade_fast.fusion.forward import FusedForward
+from spade_fast import LabelMap, fuse, unfuse
+from spade_fast.fusion.forward import FusedForward, fingerprint
 
 
 def _mutations():
@@ -215,6 +215,33 @@ def test_arguments_unlike_those_proven_go_to_the_module():
         with pytest.raises(own.type) as ours:
             model(*args)
         assert str(ours.value) == str(own.value)
+
+
+@named([s for s in FUSED if "StableSR" not in s.name])  # its adapter looks a tensor up
+def test_a_label_map_stands_for_its_one_hot_map(standin):
+    """In each fused layer, where it runs fused and where its module runs; with edges too."""
+    torch.manual_seed(0)
+    model = standin.build().double()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    assert len(fuse(model).fused) == standin.fused
+    model.eval()  # training changes u and v of a spectral norm
+    ids, edges = torch.randint(5, (2, 9, 12)), torch.randint(2, (2, 9, 12))
+    for layer in [m for m in model.modules() if isinstance(m.__dict__.get("forward"), FusedForward)]:
+        structure = layer.forward.structure
+        x = [] if structure.only_map else [torch.randn(2, structure.channels, 9, 12, dtype=torch.float64)]
+        nc = structure.shared.in_channels
+        for labels in (LabelMap(ids % nc, nc), LabelMap(ids % (nc - 1), nc - 1, edges)):
+            dense = labels.one_hot(torch.float64)
+            want = type(layer).forward(layer, *x, dense)
+            torch.testing.assert_close(layer(*x, labels), want, rtol=1e-9, atol=1e-9)
+            assert ran_fused(layer, *x, labels)
+            layer.forward.proven = ()
+            with pytest.warns(UserWarning, match="changed since fuse"):
+                torch.testing.assert_close(layer(*x, labels), want, rtol=1e-9, atol=1e-9)
+            layer.forward.proven, layer.forward.warned = fingerprint(layer), False
+        with pytest.raises((RuntimeError, ValueError)):
+            layer(*x, LabelMap(ids % nc, nc + 1))
 
 
 def test_traces_transforms_and_dispatch_modes_run_the_module():

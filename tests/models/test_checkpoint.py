@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from spade_fast.models import ConvEncoder, SPADEGenerator, checkpoint
+from spade_fast.models import ConvEncoder, MultiscaleDiscriminator, SPADEGenerator, checkpoint
 from spade_fast.models.checkpoint import CheckpointError, atomic_save, load_encoder, load_generator, safe_load
 
 
@@ -216,3 +216,59 @@ def test_a_crash_while_saving_keeps_the_old_file(tmp_path, monkeypatch):
         atomic_save({"step": 2}, path)
     assert safe_load(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def stripped(net):
+    for module in list(net.modules()):
+        if hasattr(module, "weight_u"):
+            nn.utils.remove_spectral_norm(module)
+    return net
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: small(z_dim=4),
+        *(lambda n=n: ConvEncoder(ngf=2, z_dim=4, norm=n).eval() for n in ("spectralinstance", "spectral", "batch")),
+        lambda: MultiscaleDiscriminator(6, ndf=2, norm="spectralbatch").eval(),
+        lambda: MultiscaleDiscriminator(6, ndf=2, norm="spectral").eval(),
+    ],
+)
+def test_options_after_spectral_norm_was_removed(build):
+    """They build a network that the state dict fits, and that computes the same."""
+    torch.manual_seed(0)
+    net = build()
+    before = dict(net.options)
+    assert type(net)(**before).state_dict().keys() == net.state_dict().keys()
+    stripped(net)
+    again = type(net)(**net.options).eval()
+    again.load_state_dict(net.state_dict())
+    inputs = {
+        SPADEGenerator: lambda: (torch.randn(1, 6, 64, 64), torch.randn(1, 4)),
+        ConvEncoder: lambda: (torch.randn(1, 3, 64, 64),),
+        MultiscaleDiscriminator: lambda: (torch.randn(1, 6, 64, 64), torch.randn(1, 3, 64, 64)),
+    }[type(net)]()
+    with torch.no_grad():
+        torch.testing.assert_close(again(*inputs), net(*inputs), rtol=0, atol=0)
+    assert {k: v for k, v in net.options.items() if k not in ("spectral_norm", "norm")} == {
+        k: v for k, v in before.items() if k not in ("spectral_norm", "norm")
+    }
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_checkpoint_saved_after_spectral_norm_was_removed(tmp_path, stale):
+    """stale: saved with the options that the network was built with."""
+    net, encoder = small(z_dim=4), ConvEncoder(ngf=2, z_dim=4).eval()
+    options = [dict(n.options) for n in (net, encoder)]
+    for n in (net, encoder):
+        stripped(n)
+    options = options if stale else [n.options for n in (net, encoder)]
+    parts = zip(("generator", "encoder"), (net, encoder), options, strict=True)
+    saved = {name: {"options": o, "state_dict": n.state_dict()} for name, n, o in parts}
+    atomic_save({"format": checkpoint.FORMAT, **saved}, tmp_path / "stripped.pt")
+    segmap, z, image = torch.randn(1, 6, 64, 64), torch.randn(1, 4), torch.randn(1, 3, 64, 64)
+    loaded = load_generator(tmp_path / "stripped.pt")
+    assert loaded.options["spectral_norm"] is False
+    with torch.no_grad():
+        assert torch.equal(loaded(segmap, z), net(segmap, z))
+        assert torch.equal(load_encoder(tmp_path / "stripped.pt")(image)[0], encoder(image)[0])

@@ -273,13 +273,13 @@ def test_a_failure_shows_its_own_traceback(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(
         "import os, sys\n"
-        "from spade_fast import train, training_step\n"
-        "original = training_step.TrainingStep.discriminator_step\n"
+        "from spade_fast.train import step, __main__ as train\n"
+        "original = step.TrainingStep.discriminator_step\n"
         "def broken(self, *arguments):\n"
         "    if os.environ['RANK'] == '1' and self.optimizers['generator'].state:\n"
         "        raise ZeroDivisionError('of rank 1')\n"
         "    return original(self, *arguments)\n"
-        "training_step.TrainingStep.discriminator_step = broken\n"
+        "step.TrainingStep.discriminator_step = broken\n"
         "sys.exit(train.start(sys.argv[1:]))\n"
     )
     start = time.monotonic()
