@@ -220,6 +220,44 @@ def dense() -> list[str]:
     ]
 
 
+FUSE = "tests/support/standins/report.py --json benchmarks/results/fuse_cpu.json"
+
+
+def fuse_wide() -> list[str]:
+    """Layers of foreign models at real sizes."""
+    result = read("fuse_cpu.json")
+    rows = [f"| {name} | {layer['how']} | {layer['ratio']:.1f}× |" for name, layer in result["wide"].items()]
+    return [
+        "| layer | how it is evaluated | forward |",
+        "| --- | --- | --- |",
+        *rows,
+        "",
+        "128 channels at 128×128 (OASIS 64, with 64 noise channels; LivePortrait 256 at 64×64), one-hot maps of 35 "
+        f"labels in cells of 16×16, one CPU thread, float32. Medians of {result['config']['runs']} runs.",
+        source("fuse_cpu.json", result, FUSE),
+    ]
+
+
+def fuse_layers() -> list[str]:
+    """What fuse() does with each stand-in."""
+    result = read("fuse_cpu.json")
+    rows = []
+    for layer in result["layers"]:
+        numbers = [f"{layer[f'{kind}_difference']:.0e}" if layer["fused"] else "" for kind in DIFFERENCES]
+        how = layer["how"] if layer["fused"] else f"left: {layer['how']}"
+        rows.append(f"| {layer['name'].removeprefix('layers.')} | {how} | {' | '.join(numbers)} |")
+    fused = sum(layer["fused"] for layer in result["layers"])
+    return [
+        "| layer | how, or why not | evaluation | training | gradients |",
+        "| --- | --- | --- | --- | --- |",
+        *rows,
+        "",
+        f"{fused} of {len(rows)} fused. Numbers are the largest differences in float32, relative to the largest value.",
+        source("fuse_cpu.json", result, FUSE),
+    ]
+
+
+DIFFERENCES = ("eval", "train", "gradient")
 BLOCKS: dict[str, Callable[[], list[str]]] = {
     "macs": macs,
     "generator": generator,
@@ -230,6 +268,8 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "patches": patches,
     "frozen": frozen,
     "dense": dense,
+    "fuse-wide": fuse_wide,
+    "fuse-layers": fuse_layers,
 }
 
 
