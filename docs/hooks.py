@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For mkdocs: a page may link to a file of the repository outside of docs/, as ``../benchmarks/results/macs.json``.
+"""For mkdocs: links out of docs/, and docstrings.
 
-Such a link works where the pages are read in the repository. The site gets a copy of the file, and a link to it.
+A page may link to a file of the repository outside of docs/, as ``../benchmarks/results/macs.json``. Such a link works
+where the pages are read in the repository. The site gets a copy of the file, and a link to it.
+
+Docstrings name classes and functions with Sphinx's roles. The site shows the name alone.
 """
 
 from __future__ import annotations
@@ -15,6 +18,14 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\]\(((?:\.\./)+)([^)#]+)\)")
+
+
+ROLE = re.compile(r":(?:class|func|meth|attr|mod|data|exc):(?=<code>)")
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The page without roles before code."""
+    return ROLE.sub("", html)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
