@@ -82,8 +82,9 @@ def layer() -> list[str]:
     return [
         *rows,
         "",
-        "How many times faster than the plain layer in its faster memory format, forward and forward + backward, on "
-        "two CPU cores. Label maps are real ones of COCO-Stuff; in the last columns noise, where each patch is distinct.",
+        "How many times faster than the plain layer in its faster memory format, forward and forward + backward, "
+        "on two CPU cores. Label maps are real ones of COCO-Stuff. In the last columns they are noise: each patch is "
+        "distinct.",
         source("layer_cpu.json", result, "-m benchmarks.layer"),
     ]
 
