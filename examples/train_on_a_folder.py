@@ -9,15 +9,14 @@ Each step is a command that you can run by itself; the script prints it.
 
 import argparse
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 from PIL import Image
 
-from spade_fast import synthesize
-from spade_fast.data import check, make_dataset
+from spade_fast.data import make_dataset
 from spade_fast.pictures import save_png, to_uint8
-from spade_fast.train import __main__ as train
 
 
 def make_folder(folder: Path, count: int, size: int) -> int:
@@ -30,12 +29,12 @@ def make_folder(folder: Path, count: int, size: int) -> int:
     return dataset.num_classes
 
 
-def run(main, module: str, *options: str) -> None:
-    """Runs a command of the package in this process; ends the script when it fails."""
-    print(f"\n$ python -m {module} {shlex.join(options)}", flush=True)
-    status = main(list(options))
-    if status:
-        sys.exit(status)
+def run(*command: str) -> None:
+    """Runs ``python -m`` with a command of the package; ends the script when it fails."""
+    print(f"\n$ python -m {shlex.join(command)}", flush=True)
+    done = subprocess.run([sys.executable, "-m", *command], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,20 +54,14 @@ def main(argv: list[str] | None = None) -> None:
         images, labels = folder / "images", folder / "labels"
 
     data = ["--dataset", "folder", "--label-dir", str(labels), "--num-classes", str(num_classes)]
-    run(lambda options: check.main(options[1:]), "spade_fast.data", "check", "--image-dir", str(images), *data)
+    run("spade_fast.data", "check", *data, "--image-dir", str(images))
     run(
-        train.main,
-        "spade_fast.train",
-        *("--image-dir", str(images), *data, "--out", str(args.out)),
+        *("spade_fast.train", *data, "--image-dir", str(images), "--out", str(args.out)),
         *("--crop-size", str(args.crop_size), "--steps", str(args.steps), "--batch-size", "4"),
         # A small network without perceptual loss, so that a CPU can do it. On a GPU leave these out.
         *("--ngf", "16", "--ndf", "16", "--lambda-vgg", "0", "--lambda-l1", "10", "--lr", "1e-3", "--workers", "0"),
     )
-    run(
-        synthesize.main,
-        "spade_fast.synthesize",
-        *("--checkpoint", str(args.out), *data[2:], "--out", str(args.out / "images")),
-    )
+    run("spade_fast.synthesize", "--checkpoint", str(args.out), *data, "--out", str(args.out / "images"))
 
 
 if __name__ == "__main__":

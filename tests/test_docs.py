@@ -108,6 +108,8 @@ def data_messages() -> tuple[list[str], list[str]]:
                     told += templates(node.args[0])
             elif isinstance(node, ast.AugAssign) and getattr(node.target, "id", "") == "message":
                 told += templates(node.value)
+            elif isinstance(node, (ast.Return, ast.Yield)) and node.value is not None:  # hints begin as they go on
+                told += [text for text in templates(node.value) if text.startswith((";", ".", " (", "…: "))]
     return every, told
 
 

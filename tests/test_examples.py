@@ -43,10 +43,10 @@ def test_drop_in_tells_a_wrong_layer():
         names["main"](["--size", "32", "--rounds", "1"])
 
 
-def test_train_on_a_folder(tmp_path, capsys):
+def test_train_on_a_folder(tmp_path, capfd):
     out = tmp_path / "run"
     example("train_on_a_folder")["main"](["--out", str(out), "--crop-size", "32", "--steps", "2"])
-    text = capsys.readouterr().out
+    text = capfd.readouterr().out
     assert "12 samples, 12 classes, 0 faults" in text
     assert [path.name for path in out.glob("checkpoint_*.pt")] == ["checkpoint_00000002.pt"]
     images = sorted(path.name for path in (out / "images").iterdir())
