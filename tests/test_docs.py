@@ -83,6 +83,22 @@ def test_links_of_texts_outside_of_the_site(name):
 # What it says of the code
 
 
+def test_the_code_of_the_start_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "index.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    names: dict = {"__name__": "start"}
+    for block in blocks:
+        exec(compile(block, "index.md", "exec"), names)
+    assert names["out"].shape == (1, 64, 128, 128)
+    plain = SPADE(64, 184)
+    plain.load_state_dict(names["norm"].state_dict())
+    x, labels = torch.randn(1, 64, 64, 64), names["labels"]
+    with torch.no_grad():
+        expected = torch.nn.functional.leaky_relu(plain(x, labels.one_hot()), 0.2)
+        torch.testing.assert_close(names["norm"](x, labels, activation="leaky_relu"), expected, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "image.png").is_file()
+
+
 def templates(node: ast.AST) -> list[str]:
     """The strings that an expression may give, with … for what is filled in."""
     if isinstance(node, ast.Constant):
