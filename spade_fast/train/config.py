@@ -111,7 +111,11 @@ class TrainConfig:
     batch_size: int = _option(32, "images in a step, of all processes together")
     epochs: int | None = _option(50, "passes over the dataset")
     steps: int | None = _option(None, "iterations, instead of epochs")
-    d_steps_per_g: int = _option(1, "iterations, each an update of the discriminator, for one update of the generator")
+    d_steps_per_g: int = _option(
+        1,
+        "iterations, each an update of the discriminator, for one update of the generator; counted from the start of "
+        "the run, not anew in each epoch",
+    )
     decay_from: int | None = _option(None, "epoch from which the learning rates fall linearly to 0 (default: never)")
     lr: float = _option(2e-4, "Adam's learning rate; with ttur the generator gets half, the discriminator twice")
     ttur: bool = _option(True, "two time-scale learning rates")

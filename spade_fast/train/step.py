@@ -110,7 +110,8 @@ class TrainingStep:
     def __call__(self, labels: LabelMap, image: Tensor, step: int) -> dict[str, Tensor]:
         """Both updates of iteration `step`, counted from 0; the weighted losses, detached, still on the device.
 
-        The generator is updated in one of d_steps_per_g iterations, first in iteration 0.
+        The generator is updated in one of d_steps_per_g iterations, first in iteration 0. Iterations are counted over
+        the whole run: where an epoch ends changes nothing, nor does a resume.
         """
         self.draw_noise(step)
         update, pause = divmod(step, self.config.d_steps_per_g)
