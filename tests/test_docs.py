@@ -196,6 +196,31 @@ def test_the_types_of_the_page(name, dtype):
         assert error < 16 * UNIT[dtype]  # hidden rows, parameters and x are each rounded to the type, sums are not
 
 
+def test_the_devices_of_the_page():
+    assert "for CPU tensors" in _backend.why_not("cpp", "cuda")
+    assert "for CUDA tensors" in _backend.why_not("cuda", "cpu")
+    assert _backend.why_not("torch", "cuda") is _backend.why_not("torch", "cpu") is None
+    for name in ("cpp", "triton", "cuda"):
+        assert "no kernels for xpu tensors" in _backend.why_not(name, "xpu")
+
+
+@pytest.mark.parametrize("name", ["torch", "cpp"])
+def test_a_layer_compiles_into_one_graph_on_the_backends_of_the_page(name):
+    if _backend.why_not(name):
+        pytest.skip(_backend.why_not(name))
+    torch.manual_seed(0)
+    layer = FusedSPADE(8, 5).eval()
+    codes = torch.randint(5, (1, 8, 8)).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    x = torch.randn(1, 8, 32, 32)
+
+    def run(x, codes):
+        return layer(x, LabelMap(codes, 5, validate=False))
+
+    with use_backend(name), torch.no_grad():
+        compiled = torch.compile(run, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, codes), run(x, codes), rtol=1e-5, atol=1e-5)
+
+
 # How it works
 
 
