@@ -2,6 +2,7 @@
 """The documentation: it builds strictly, needs no foreign server, and says what the code says today."""
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from docs import make_backends, make_pictures
 from spade_fast import FusedSPADE, LabelMap, use_backend
 from spade_fast.ops import _backend
 from spade_fast.reference import SPADE
+from spade_fast.train.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -67,6 +69,12 @@ def test_public_names_are_in_the_api_reference(site):
     leaves = {a.rpartition(".")[2] for a in anchors}
     assert {name for name in spade_fast.__all__ if name not in ("__version__", "use_backend")} <= leaves
     assert "spade_fast.ops._backend.use" in anchors
+
+
+def test_every_training_option_is_listed(site):
+    page = (site / "api" / "training" / "index.html").read_text()
+    listed = re.findall(r"<td><code>(--[\w-]+)</code></td>", page)
+    assert sorted(listed) == sorted(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(TrainConfig))
 
 
 def links(page: Path) -> list[str]:
