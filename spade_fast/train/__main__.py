@@ -16,7 +16,7 @@ from spade_fast.data.options import check_command
 from spade_fast.files import WriteError, one_line, program, run_command
 from spade_fast.models import VGGWeightsError
 from spade_fast.models.checkpoint import CheckpointError
-from spade_fast.train.config import TrainConfig, merge, read_file, read_run, resolve_config
+from spade_fast.train.config import PATHS, TrainConfig, merge, read_file, read_run, resolve_config
 from spade_fast.train.monitor import MissingExtraError
 from spade_fast.train.plan import describe
 from spade_fast.train.run_directory import RunDirectory, RunDirectoryError
@@ -59,6 +59,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _missing(config: TrainConfig) -> bool:
+    """Whether a path of the data is not there. The check would say no more than that."""
+    paths = (getattr(config, name) for name in PATHS if name not in ("vgg_weights", "out"))
+    return any(path is not None and not os.path.exists(path) for path in paths)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Trains.
 
@@ -91,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         raise
     except USER_ERRORS as error:
         text = one_line(error) if isinstance(error, OSError) else str(error)
-        if isinstance(error, DataError) and config is not None:
+        if isinstance(error, DataError) and config is not None and not _missing(config):
             more = "\n" if "\n" in text else "; "
             text += f"{more}to list every fault of the data: {check_command(config)}"
         print(f"{who}error: {text}", file=sys.stderr)

@@ -200,11 +200,11 @@ class Trainer:
                 self._check_finite(terms)
                 self._count_step()
                 monitor.step(self.step, self.epoch, terms, self.training.lrs())
-                if picture and self.step < self.total_steps:
-                    self._draw_samples(monitor)
                 if self.step == self.total_steps:
                     reason = "finished"
-                elif self.step % self.config.save_every == 0:
+                if reason is None and picture:
+                    self._draw_samples(monitor)
+                if reason is None and self.step % self.config.save_every == 0:
                     self.save()
 
             # The end: a last picture, and a checkpoint whatever the reason is.

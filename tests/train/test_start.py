@@ -69,7 +69,9 @@ def vgg(monkeypatch):
 )
 def test_paths_data_and_batch_are_checked_before_vgg(tmp_path, photos, vgg, capsys, changes, message):
     assert main([*photos, *SMALL, *changes, "--out", str(tmp_path / "run")]) == 1
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert "data check" not in error  # it would say no more
     assert vgg == []
     assert not (tmp_path / "run").exists()
 
