@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a submodule is exactly as FusedSPADE and the networks built it, so that its weights may be used directly.
+"""Whether a submodule is exactly as FusedSPADE and the networks built it.
 
-Anything else (hooks, wrappers, adapters, other classes, paddings, activations, norms) runs through its own forward.
+Only then may its weights be used directly. Any other submodule runs through its own forward: one with hooks, wrappers
+or adapters, or of another class, padding, activation or norm.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def torch_only() -> bool:
-    """Whether torch's own operations must do all the work, as something follows them that kernels are unknown to: a
-    trace (torch.jit), an export (torch.export, ONNX), torch.func's transforms, forward-mode derivatives."""
+    """Whether torch's own operations must do all the work, because something that does not know our kernels follows.
+
+    That is a trace (torch.jit), an export (torch.export, ONNX), a transform of torch.func, or a forward-mode
+    derivative.
+    """
     if torch.compiler.is_compiling():
         return _is_exporting()
     return (
-        torch.jit.is_tracing()
+        torch.jit.is_tracing()  # type: ignore[attr-defined]  # public, but not in torch.jit's __all__
         or torch.onnx.is_in_onnx_export()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
@@ -37,7 +41,7 @@ def torch_only() -> bool:
 
 
 def changed(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """What makes calling `module` more than calling `kind`'s own forward on its parameters, or None."""
+    """Why calling `module` is more than calling `kind`'s own forward on its parameters. None: it is not."""
     if type(module) is not kind:
         return f"is a {type(module).__name__}, not a {kind.__name__}"
     overridden = [name for name in ("forward", "_conv_forward", "__call__") if name in module.__dict__]
@@ -60,7 +64,14 @@ def _is_marker(hook: object) -> bool:
 def changed_convolution(
     module: nn.Module, fin: int, fout: int, kernel_size: int, stride: int = 1, padding: int | None = None
 ) -> str | None:
-    """What makes `module` more than a zero-padded convolution fin -> fout with a bias, or None. padding: k // 2."""
+    """Why `module` is not a zero-padded convolution fin -> fout with a bias. None: it is.
+
+    Args:
+        module: the module in question.
+        fin, fout: channels in and out.
+        kernel_size, stride: of the convolution, the same along both axes.
+        padding: pixels at each border; kernel_size // 2 by default.
+    """
     why = changed(module, nn.Conv2d)
     if why is not None:
         return why
@@ -111,7 +122,7 @@ def changed_network(
 
 
 def changed_norm(module: nn.Module, channels: int) -> str | None:
-    """What makes `module` more than a normalization without affine parameters that the statistics kernels compute."""
+    """Why the statistics kernels cannot compute `module`, a norm without affine parameters. None: they can."""
     for kind in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, InstanceNorm2d, nn.Identity):
         if type(module) is kind:
             break

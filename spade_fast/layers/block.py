@@ -15,8 +15,9 @@ from spade_fast.layers.spectral import Recompute, SpectralConv2d
 
 
 class SPADEResnetBlock(nn.Module):
-    """SPADE residual block (paper, Figure 4a): SPADE, LeakyReLU, convolution, twice, and a learned shortcut when the
-    number of channels changes.
+    """SPADE residual block (Park et al., CVPR 2019, Figure 4a): twice SPADE, LeakyReLU and a convolution.
+
+    The shortcut is learned when the number of channels changes, and the identity otherwise.
 
     Args:
         fin, fout: channels in and out.
@@ -24,6 +25,9 @@ class SPADEResnetBlock(nn.Module):
         norm, kernel_size: see :class:`spade_fast.reference.SPADE`.
         spade: ``fused`` for :class:`FusedSPADE`, ``reference`` for the plain layer.
         spectral_norm: whether the convolutions are spectrally normalized.
+
+    Raises:
+        ValueError: an option is out of range.
     """
 
     def __init__(
@@ -53,9 +57,15 @@ class SPADEResnetBlock(nn.Module):
             self.norm_s = layer(fin, label_nc, norm, kernel_size)
 
     def forward(self, x: Tensor, segmap: LabelMap | Tensor, upsample: int = 1) -> Tensor:
-        """x [N, fin, h, w], enlarged ``upsample`` times by nearest neighbor, -> [N, fout, h·upsample, w·upsample].
+        """The block on x enlarged ``upsample`` times by nearest neighbor.
 
-        segmap: a dense map [N, label_nc, ., .], or, for fused layers, a LabelMap too.
+        Args:
+            x: [N, fin, h, w].
+            segmap: a map [N, label_nc, ·, ·]. Fused layers take a :class:`spade_fast.LabelMap`, too.
+            upsample: 1 or 2.
+
+        Returns:
+            [N, fout, h·upsample, w·upsample].
         """
         norms = [self.norm_0, self.norm_1, *([self.norm_s] if self.learned_shortcut else [])]
         if torch_only() or any(changed(norm, FusedSPADE) is not None for norm in norms):
@@ -68,7 +78,7 @@ class SPADEResnetBlock(nn.Module):
         out = _convolve(self.conv_0, outs[0], again[0])
         outs, again = modulate(out, segmap, [self.norm_1], [SLOPE])
         out = _convolve(self.conv_1, outs[0], again[0])
-        if changed(self.conv_1, SpectralConv2d) is not None:  # something else may hold its output
+        if changed(self.conv_1, SpectralConv2d) is not None:  # something else may hold conv_1's output
             out = out.clone()
         return out.add_(shortcut) if self.learned_shortcut else _add_enlarged(out, x, upsample)
 
@@ -88,7 +98,7 @@ def _convolve(convolution: nn.Module, x: Tensor, recompute: Recompute | None) ->
 
 
 def _add_enlarged(out: Tensor, x: Tensor, upsample: int) -> Tensor:
-    """out + x enlarged by nearest neighbor, without building the enlarged x."""
+    """out + x enlarged by nearest neighbor. The enlarged x is not built."""
     if upsample == 1:
         return out.add_(x)
     h, w = x.shape[2:]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""γ and β of dense conditioning, exact; where the map is smaller than x by a whole factor, at the map's own size."""
+"""γ and β of dense conditioning. Where x is larger than the map by a whole factor, most work is at the map's size."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from spade_fast.labels.pattern_tables import nearest_index
 
-MOST_TAPS = 0.5  # of the plain first convolution's: above, assembling costs more than the taps saved
-FEWEST_PIXELS = 96 * 96  # of the output: below, calls cost more than the taps saved
+MOST_TAPS = 0.5  # share of the plain first convolution's taps; above this, assembling costs more than it saves
+FEWEST_PIXELS = 96 * 96  # of the output; below this, call overhead costs more than it saves
 
-Kind = tuple[int, tuple[tuple[int, ...], ...]]  # offset of the first block read; which taps each block read takes
-Axis = list[tuple[Kind, int, int]]  # the kinds of positions in a block, each with its first and last + 1 position
+# Along one axis, a kind of position in a block: the offset of the first block it reads, and for each block it reads a 0
+# or 1 for each tap. An axis lists its kinds, each with its first and last + 1 position.
+Kind = tuple[int, tuple[tuple[int, ...], ...]]
+Axis = list[tuple[Kind, int, int]]
 
 
 def dense_gamma_beta(
@@ -42,7 +45,7 @@ def dense_gamma_beta(
         [N, 2·C, H, W] = [γ | β]. Convolutions pad with k // 2 zeros.
     """
     segmap = segmap.to(shared_weight.dtype)
-    if segmap.device.type == "cpu":  # convolutions of other layouts take longer than this copy
+    if segmap.device.type == "cpu":  # a convolution of another layout takes longer than this copy
         segmap = segmap.contiguous(memory_format=torch.channels_last)
     factors = _factors(tuple(segmap.shape[2:]), tuple(size)) if _worth_it(segmap, size) else None
     if factors is not None and _taps(factors, tuple(shared_weight.shape[2:])) <= MOST_TAPS:
@@ -58,10 +61,13 @@ def dense_gamma_beta(
 def merged_gamma_beta(
     hidden: Tensor, gamma_weight: Tensor, gamma_bias: Tensor | None, beta_weight: Tensor, beta_bias: Tensor | None
 ) -> Tensor:
-    """[N, 2·C, H, W] = [γ | β] of a hidden map [N, hidden, H, W], by one convolution. Weights as above."""
+    """[N, 2·C, H, W] = [γ | β] of a hidden map [N, hidden, H, W], by one convolution.
+
+    Weights and biases as in :func:`dense_gamma_beta`.
+    """
     n, _, h, w = hidden.shape
     padding = _padding(gamma_weight)
-    if n * h * w < gamma_weight[0].numel():  # joining the outputs moves less than joining the weights
+    if n * h * w < gamma_weight[0].numel():  # the outputs are smaller than the weights: join the outputs
         pairs = ((gamma_weight, gamma_bias), (beta_weight, beta_bias))
         return torch.cat([F.conv2d(hidden, weight, bias, padding=padding) for weight, bias in pairs], dim=1)
     return F.conv2d(
@@ -85,7 +91,7 @@ def _activate(hidden: Tensor, slope: float) -> Tensor:
 
 
 def _worth_it(segmap: Tensor, size: tuple[int, int]) -> bool:
-    # Measured on CPUs only; a traced graph must not depend on the sizes.
+    # The thresholds were measured on CPUs only. A traced graph must not depend on the sizes.
     return (
         segmap.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -96,9 +102,9 @@ def _worth_it(segmap: Tensor, size: tuple[int, int]) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _factors(small: tuple[int, int], large: tuple[int, int]) -> tuple[int, int] | None:
-    """How many times larger each axis is, if nearest neighbor makes blocks of equal size; else None."""
+    """How many times larger each axis is. None where nearest neighbor does not make blocks of equal size."""
     for s, to in zip(small, large, strict=True):
-        # Its index is a rounded product: not every whole factor gives equal blocks.
+        # Nearest neighbor's index is a rounded product: not every whole factor gives equal blocks.
         if to % s or nearest_index(s, to).tolist() != [i // (to // s) for i in range(to)]:
             return None
     return large[0] // small[0], large[1] // small[1]
@@ -106,7 +112,7 @@ def _factors(small: tuple[int, int], large: tuple[int, int]) -> tuple[int, int] 
 
 @functools.lru_cache(maxsize=64)
 def _axis(factor: int, kernel_size: int) -> Axis:
-    """The kinds of positions of a block, along one axis: those which read the same blocks by the same taps."""
+    """The kinds of positions of a block, along one axis. Positions of a kind read the same blocks by the same taps."""
     kinds: Axis = []
     for position in range(factor):
         reads = [(position + tap - kernel_size // 2) // factor for tap in range(kernel_size)]
@@ -119,8 +125,8 @@ def _axis(factor: int, kernel_size: int) -> Axis:
     return kinds
 
 
-def _taps(factors: tuple[int, int], kernel: tuple[int, int]) -> float:
-    """Taps of a block, as a part of those of its pixels."""
+def _taps(factors: tuple[int, int], kernel: tuple[int, ...]) -> float:
+    """Taps that are computed for a block, as a share of the taps of its pixels."""
     counts = [sum(len(kind[1]) for kind, _, _ in _axis(f, k)) for f, k in zip(factors, kernel, strict=True)]
     return counts[0] * counts[1] / (factors[0] * factors[1] * kernel[0] * kernel[1])
 
@@ -130,8 +136,14 @@ def hidden_of_blocks(
 ) -> Tensor:
     """The hidden layer [N, hidden, h·fy, w·fx], channels-last, of segmap [N, L, h, w] enlarged (fy, fx) times.
 
-    The pixels of a block share their value: a tap's weights on one block are added before the convolution, and
-    positions in the block which read the same blocks by the same taps share their sum.
+    The pixels of a block share their value. So the weights of the taps that read one block are added before the
+    convolution. Positions that read the same blocks by the same taps share their sum.
+
+    Args:
+        segmap: [N, L, h, w].
+        factors: (fy, fx).
+        weight, bias: of the first convolution, [hidden, L, k, k] and [hidden] or None.
+        slope: negative slope of the activation.
     """
     h, w = segmap.shape[2:]
     axes = [_axis(f, k) for f, k in zip(factors, weight.shape[2:], strict=True)]
@@ -153,16 +165,16 @@ def hidden_of_blocks(
 
 
 def _by_size(axis: Axis) -> list[Axis]:
-    """The kinds that read equally many blocks together: one convolution computes them."""
+    """The kinds, grouped by how many blocks they read. One convolution computes a group."""
     sizes = dict.fromkeys(len(kind[1]) for kind, _, _ in axis)
     return [[entry for entry in axis if len(entry[0][1]) == size] for size in sizes]
 
 
 def _collapse(weight: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """[kinds of rows · kinds of columns · hidden, L, blocks, blocks]: the taps on each block added up."""
+    """[kinds of rows · kinds of columns · hidden, L, blocks, blocks]: the weights of the taps on each block, added."""
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     y, x = (exact.new_tensor([kind[1] for kind, _, _ in axis]) for axis in (rows, columns))
-    with torch.autocast("cpu", enabled=False):  # sums of weights, before they are rounded
+    with torch.autocast("cpu", enabled=False):  # weights are added before they are rounded
         joined = torch.einsum("oiyx,ray,cbx->rcoabi", exact, y, x)
     return joined.flatten(0, 2).permute(0, 3, 1, 2).to(weight.dtype)
 
@@ -181,9 +193,9 @@ class _Assemble(torch.autograd.Function):
         return out
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.places = inputs[1]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(grad[:, :, y0:y1, :, x0:x1].sum((2, 4)) for y0, y1, x0, x1 in ctx.places)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The multi-scale PatchGAN discriminator (paper, appendix A; from pix2pixHD)."""
+"""The multi-scale PatchGAN discriminator (Park et al., CVPR 2019, appendix A; Wang et al., CVPR 2018)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,26 @@ from torch import Tensor, nn
 
 from spade_fast.labels.label_map import LabelMap
 from spade_fast.layers.as_built import changed, changed_convolution, torch_only
+from spade_fast.layers.patches import weight_table
 from spade_fast.layers.plain import SLOPE
 from spade_fast.models.norms import current_norm, normalized_conv
 from spade_fast.ops.label_conv import label_conv
 from spade_fast.reference import segmap_shape
 
+PADDING = 2  # of every convolution, in pixels
+
 
 class PatchDiscriminator(nn.Module):
-    """4×4 convolutions, stride 2 but for the last two, normalized but for the first and last."""
+    """A PatchGAN discriminator of one scale.
+
+    It has 4×4 convolutions. The last two have stride 1, the others stride 2. The first and the last are not normalized.
+
+    Args:
+        input_nc: channels of map and image together.
+        ndf: channels of the first layer.
+        n_layers: layers before the prediction.
+        norm: see :class:`MultiscaleDiscriminator`.
+    """
 
     def __init__(self, input_nc: int, ndf: int, n_layers: int, norm: str) -> None:
         super().__init__()
@@ -33,50 +45,66 @@ class PatchDiscriminator(nn.Module):
         self.add_module(f"model{n_layers}", nn.Sequential(nn.Conv2d(width, 1, 4, stride=1, padding=2)))
 
     def first_convolution(self, labels: LabelMap | Tensor, image: Tensor, pooled: bool) -> Tensor:
-        """The first convolution of (labels ⊕ image) [M·N, ndf, h, w]: its label part, which fake and real share, is
-        computed once; of a LabelMap as a gather.
+        """The first convolution of (labels ⊕ image).
+
+        Its label part is computed once for fake and real images. Of a LabelMap, it is a gather.
 
         Args:
             labels: N maps; a LabelMap of the full size, or a tensor of this scale's size.
             image: [M·N, image_nc, H, W] of this scale's size.
-            pooled: this is the second scale: the LabelMap's one-hot is average-pooled like the image.
+            pooled: whether this is the second scale, where the LabelMap's one-hot is average-pooled like the image.
+
+        Returns:
+            [M·N, ndf, h, w].
         """
-        conv = self.model0[0]
+        conv = self._first_layer()[0]
+        assert isinstance(conv, nn.Conv2d)
         weight, label_nc = conv.weight, segmap_shape(labels)[1]
         image_part = F.conv2d(image, weight[:, label_nc:], None, conv.stride, conv.padding)
         if isinstance(labels, LabelMap):
-            table = weight[:, :label_nc].permute(2, 3, 1, 0).reshape(-1, label_nc, weight.shape[0])
-            label_part = label_conv(
-                labels.codes, table, conv.bias, labels.has_edges, conv.kernel_size[0], 2, conv.padding[0], pooled
-            )
+            table, kernel_size = weight_table(weight[:, :label_nc]), weight.shape[-1]
+            label_part = label_conv(labels.codes, table, conv.bias, labels.has_edges, kernel_size, 2, PADDING, pooled)
         else:
             label_part = F.conv2d(labels, weight[:, :label_nc], conv.bias, conv.stride, conv.padding)
         n = label_part.shape[0]
         return (image_part.unflatten(0, (-1, n)) + label_part).flatten(0, 1)
 
+    def _first_layer(self) -> nn.Sequential:
+        """The first convolution and its activation, once `_first_changed` has found them as built."""
+        layer = self.model0
+        assert isinstance(layer, nn.Sequential)
+        return layer
+
     def _first_changed(self, input_nc: int) -> bool:
-        """Whether the first layer is more than its convolution's weights, and must run through its own forward."""
-        if changed(self.model0, nn.Sequential) is not None or len(self.model0) != 2:
+        """Whether the first layer is not as built, and must run through its own forward."""
+        if changed(self.model0, nn.Sequential) is not None or len(self._first_layer()) != 2:
             return True
-        conv = self.model0[0]
+        conv = self._first_layer()[0]
         width = conv.out_channels if isinstance(conv, nn.Conv2d) else 0
-        return changed_convolution(conv, input_nc, width, 4, stride=2, padding=2) is not None
+        return changed_convolution(conv, input_nc, width, 4, stride=2, padding=PADDING) is not None
 
     def forward(self, labels: LabelMap | Tensor, image: Tensor, pooled: bool) -> list[Tensor]:
-        """The n_layers feature maps and, last, the prediction; arguments as in ``first_convolution``."""
+        """The n_layers feature maps and, last, the prediction. Arguments as in :meth:`first_convolution`."""
         if self._first_changed(segmap_shape(labels)[1] + image.shape[1]):
             x = self.model0(_joined(labels, image, pooled))
         else:
-            x = self.model0[1](self.first_convolution(labels, image, pooled))
+            x = self._first_layer()[1](self.first_convolution(labels, image, pooled))
         features = [x]
         for i in range(1, self.n_layers + 1):
-            x = getattr(self, f"model{i}")(x)
+            x = self.get_submodule(f"model{i}")(x)
             features.append(x)
         return features
 
 
 class MultiscaleDiscriminator(nn.Module):
-    """``num_d`` patch discriminators, each on input half the size of the one before (average pool 3, stride 2).
+    """``num_d`` patch discriminators (Park et al., CVPR 2019, appendix A; Wang et al., CVPR 2018).
+
+    Each takes input of half the size of the one before, by a 3×3 average pool with stride 2.
+
+    >>> labels = LabelMap(torch.zeros(2, 64, 64, dtype=torch.uint8), num_classes=3)
+    >>> scales = MultiscaleDiscriminator(label_nc=3, ndf=2)(labels, torch.zeros(2, 3, 64, 64))
+    >>> [features[-1].shape for features in scales]
+    [torch.Size([2, 1, 11, 11]), torch.Size([2, 1, 7, 7])]
 
     Args:
         label_nc: channels of the segmentation map, as for the generator.
@@ -85,8 +113,8 @@ class MultiscaleDiscriminator(nn.Module):
         n_layers: layers of each discriminator before its prediction.
         num_d: number of scales.
         norm: the authors' norm_D: ``instance``, ``batch``, ``syncbatch`` or ``none``, after ``spectral`` where
-            convolutions are spectrally normalized. ``syncbatch`` is batch normalization; across processes convert the
-            network with ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
+            convolutions are spectrally normalized. ``syncbatch`` is batch normalization. To take its statistics over
+            several processes, convert the network with ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
 
     Raises:
         ValueError: norm is unknown.
@@ -102,27 +130,34 @@ class MultiscaleDiscriminator(nn.Module):
         norm: str = "spectralinstance",
     ) -> None:
         super().__init__()
-        self._options = dict(label_nc=label_nc, image_nc=image_nc, ndf=ndf, n_layers=n_layers, num_d=num_d, norm=norm)
+        self._options: dict[str, Any] = dict(
+            label_nc=label_nc, image_nc=image_nc, ndf=ndf, n_layers=n_layers, num_d=num_d, norm=norm
+        )
         for i in range(num_d):
             self.add_module(f"discriminator_{i}", PatchDiscriminator(label_nc + image_nc, ndf, n_layers, norm))
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments that build a network which this one's state dict fits: those given, with the norm as it now is
-        (see :func:`spade_fast.models.norms.current_norm`)."""
+        """The arguments of a network that this one's state dict fits.
+
+        They are the arguments given, but norm is the current one, see :func:`spade_fast.models.norms.current_norm`.
+        """
         return {**self._options, "norm": current_norm(self._options["norm"], self)}
 
-    def forward(self, segmap, image: Tensor | None = None) -> list[list[Tensor]]:
+    def forward(self, segmap: LabelMap | Tensor, image: Tensor | None = None) -> list[list[Tensor]]:
         """Features of every scale.
 
         Args:
-            segmap: LabelMap or tensor [N, label_nc, H, W]; without an image, map and image in one tensor
+            segmap: LabelMap or tensor [N, label_nc, H, W]. Without an image, it is one tensor of map and image
                 [N, label_nc + image_nc, H, W], as the authors' trainer passes them.
-            image: [M·N, image_nc, H, W]; sample i is conditioned on segmap i % N (fake then real: M = 2), so both go
-                through in one batch.
+            image: [M·N, image_nc, H, W]. Image i belongs to map i % N. With fake images and then real ones, M is 2, and
+                all go through in one batch.
 
         Returns:
-            For each scale a list of features [M·N, …], the prediction last.
+            For each scale, a list of features [M·N, ·, ·, ·] with the prediction last.
+
+        Raises:
+            ValueError: segmap or image has a wrong shape.
         """
         if image is None:
             segmap, image = self._parted(segmap)
@@ -142,11 +177,11 @@ class MultiscaleDiscriminator(nn.Module):
         for i in range(self._options["num_d"]):
             if i:
                 image = _half(image)
-                if i == 2 and isinstance(segmap, LabelMap):  # a pool of a pool is not a gather of nine codes
+                if i == 2 and isinstance(segmap, LabelMap):  # a pool of a pool is no gather of nine codes
                     segmap = _half(segmap.one_hot(image.dtype))
                 if isinstance(segmap, Tensor):
                     segmap = _half(segmap)
-            features.append(getattr(self, f"discriminator_{i}")(segmap, image, pooled=i == 1))
+            features.append(self.get_submodule(f"discriminator_{i}")(segmap, image, pooled=i == 1))
         return features
 
     def _parted(self, joined: LabelMap | Tensor) -> tuple[Tensor, Tensor]:

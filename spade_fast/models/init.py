@@ -17,21 +17,22 @@ INITS = ("released", "glorot")
 def init_weights(net: nn.Module, init: str = "released", gain: float = 0.02) -> None:
     """Draws the weights of a generator, discriminator or encoder anew, in place.
 
-    Glorot-normal (paper, section 4) has the standard deviation gain·sqrt(2 / (fan_in + fan_out)); biases become zero.
-    The scales of affine batch norms are normal with mean 1 and standard deviation gain, as the authors draw them.
+    Glorot-normal weights (Park et al., CVPR 2019, section 4) have the standard deviation
+    gain·sqrt(2 / (fan_in + fan_out)). Biases become zero. The scales of affine batch norms are normal with mean 1 and
+    standard deviation gain, as the authors draw them.
 
-    ``released`` is how the networks behind the released weights started. The authors' Glorot draw misses spectrally
-    normalized convolutions on a GPU: it lands on the normalized weight, which every forward computes anew. What their
-    ``weight_orig`` keeps is torch's default, uniform in ±1 / sqrt(fan_in), and u and v are random unit vectors, which
-    the first training forwards turn to the largest singular value. All other convolutions and linear layers are
-    Glorot-normal. The function does not depend on the scale of ``weight_orig``, but Adam's step in it does.
+    ``released`` is how the networks behind the released weights started. On a GPU, the authors' Glorot draw misses
+    spectrally normalized convolutions: it lands on the normalized weight, which every forward computes anew. Their
+    ``weight_orig`` keeps torch's default, uniform in ±1 / sqrt(fan_in). Their u and v are random unit vectors, and the
+    first training forwards turn them to the largest singular value. All other convolutions and linear layers are
+    Glorot-normal. The network's function does not depend on the scale of ``weight_orig``, but Adam's step in it does.
 
-    ``glorot`` is what the paper says: every layer Glorot-normal; spectral norms are estimated at once.
+    ``glorot`` is what the paper says: every layer is Glorot-normal. Spectral norms are estimated at once.
 
     Args:
         net: the network.
         init: one of INITS.
-        gain: of the Glorot-normal weights; 0.02 is the authors'.
+        gain: factor of the Glorot-normal weights; the authors take 0.02.
 
     Raises:
         ValueError: init is unknown.

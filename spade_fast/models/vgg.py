@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from spade_fast.files import load_tensors
 
-URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # the name carries the start of its SHA-256
-# (index in torchvision's `features`, channels) of every convolution up to relu5_1; a pool precedes each new group.
+URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # the name ends with the first digits of its SHA-256
+# (index in torchvision's `features`, channels) of every convolution up to relu5_1. A pool precedes each group but the
+# first.
 GROUPS = (
     ((0, 64), (2, 64)),
     ((5, 128), (7, 128)),
@@ -24,11 +25,14 @@ GROUPS = (
 
 
 class VGGWeightsError(RuntimeError):
-    """VGG19 weights are neither in a file nor downloadable."""
+    """VGG19 weights cannot be read from a file or downloaded."""
 
 
 class VGG19Features(nn.Module):
-    """VGG19 up to relu5_1; parameters are named ``features.N.weight`` as in torchvision and never trained."""
+    """VGG19 (Simonyan and Zisserman, ICLR 2015) up to relu5_1.
+
+    Parameters have torchvision's names, ``features.N.weight``, and are never trained.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,10 +45,16 @@ class VGG19Features(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Images [N, 3, H, W], H and W at least 16 -> relu1_1, relu2_1, relu3_1, relu4_1, relu5_1.
+        """Features of images.
 
-        Images go in as they are, in [-1, 1]: the authors train with features of unnormalized input, and the loss
-        weights belong to that.
+        The images are not normalized as for classification. The authors train with features of such input, and the
+        weights of the loss belong to it.
+
+        Args:
+            image: [N, 3, H, W] in [-1, 1], H and W at least 16.
+
+        Returns:
+            relu1_1, relu2_1, relu3_1, relu4_1 and relu5_1; number i is [N, 64·2^i (at most 512), H/2^i, W/2^i].
         """
         x, outputs = image, []
         for g, group in enumerate(GROUPS):
@@ -61,10 +71,10 @@ def load_vgg19(path: str | Path | None = None) -> VGG19Features:
     """VGG19 features with ImageNet weights.
 
     Args:
-        path: a file in torchvision's format; None downloads it with torch.hub, which checks the hash.
+        path: a file in torchvision's format. None downloads it with torch.hub, which checks the hash.
 
     Raises:
-        VGGWeightsError: no weights could be had; the message names the ways to go on.
+        VGGWeightsError: the weights cannot be read or are others. The message says what to do.
     """
     ways = (
         f"Give a file in torchvision's format (vgg19-dcbb9e9d.pth) with --vgg-weights FILE, or let {URL} "

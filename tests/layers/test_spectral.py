@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from spade_fast.layers.spectral import SpectralConv2d, _weight_gradient
+from spade_fast.layers.spectral import SpectralConv2d
+from spade_fast.layers.spectral_gradient import _weight_gradient
 
 
 def pair(channels_last: bool) -> tuple[SpectralConv2d, nn.Module]:
@@ -113,9 +114,9 @@ def test_packed_weight_on_small_maps():
         for shape in [(1, 48, 5, 4), (1, 48, 5, 4), (2, 48, 3, 7)]:
             x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
             assert_within_rounding(conv, x)
-        packed = conv._frozen[x.shape]
+        packed = conv._frozen.packed[x.shape]
         conv(x)
-        assert conv._frozen[x.shape] is packed  # packed once for a shape
+        assert conv._frozen.packed[x.shape] is packed  # packed once for a shape
         conv.weight_orig.mul_(-1)
         conv.bias.add_(1)
         conv.freeze()
