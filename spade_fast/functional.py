@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SPADE over tensors: the layer's function for weights that live anywhere, and its gamma and beta by themselves."""
+"""SPADE as a function of tensors: the layer for weights that live anywhere, and its gamma and beta alone."""
 
 from __future__ import annotations
 
@@ -20,23 +20,29 @@ from spade_fast.layers.normalization import Normalization, modulated, normalizat
 from spade_fast.layers.patches import by_pixel, few_repeats, hidden_of_patches, weight_table
 from spade_fast.ops.pattern_params import pattern_params
 
-EPS = 1e-5  # of the norms that are named
+EPS = 1e-5  # of the norms that are given by name
 Norm = str | Callable[[Tensor], Tensor] | None
 
 
 @dataclasses.dataclass
 class ModulationNetwork:
-    """The network from labels to gamma and beta (Park et al., CVPR 2019, Figure 2), and how they are used:
-    ``out = norm(x) * (gamma_offset + gamma) + beta``.
+    """The network from labels to gamma and beta (Park et al., CVPR 2019, Figure 2).
 
-    shared_weight [hidden, label_nc, k, k] and shared_bias [hidden]: the first convolution.
-    gamma_weight, beta_weight [C, hidden, k, k], gamma_bias, beta_bias [C]: the two after it. Biases may be None.
-    hidden_slope: negative slope of the activation between them (0: ReLU, 1: none).
-    gamma_offset: 1 in the paper.
-    padding: ``zeros`` or ``reflect``, of all convolutions, by k // 2.
-    instance_eps: if given, gamma and beta each pass an instance norm without parameters first.
-    gamma_out, beta_out: (weight [C', C, 1, 1], bias [C'] or None) of a 1×1 convolution of gamma and of beta after all
-        that; C' is then the channels of x.
+    They are used as ``norm(x) * (gamma_offset + gamma) + beta``.
+
+    Args:
+        shared_weight, shared_bias: the first convolution, [hidden, label_nc, k, k] and [hidden] or None.
+        gamma_weight, gamma_bias: the convolution to gamma, [C, hidden, k, k] and [C] or None.
+        beta_weight, beta_bias: the convolution to beta, of the same shapes.
+        hidden_slope: negative slope of the activation after the first convolution. 0 is ReLU, 1 is none.
+        gamma_offset: what is added to gamma; 1 in the paper.
+        padding: ``zeros`` or ``reflect``. All convolutions pad by k // 2 pixels.
+        instance_eps: eps of an instance norm without parameters that gamma and beta each pass. None: no norm.
+        gamma_out, beta_out: (weight [C', C, 1, 1], bias [C'] or None) of a 1×1 convolution of gamma and of beta after
+            all that. C' is then the number of channels of x. None: no such convolution.
+
+    Raises:
+        ValueError: a shape, the kernels' size or padding does not fit.
     """
 
     shared_weight: Tensor
@@ -74,29 +80,31 @@ class ModulationNetwork:
 
     @property
     def kernel_size(self) -> int:
+        """k of the k×k kernels."""
         return self.shared_weight.shape[-1]
 
     @property
     def channels(self) -> int:
+        """Channels of gamma, of beta and of x."""
         return (self.gamma_weight if self.gamma_out is None else self.gamma_out[0]).shape[0]
 
     @property
     def label_nc(self) -> int:
+        """Channels of the map."""
         return self.shared_weight.shape[1]
 
 
 @dataclasses.dataclass
 class ConstantsAndLabels:
-    """A map whose first channels are constant in each image ([N, number of them]) and whose others are one-hot,
-    without edges."""
+    """A map whose first channels are constant in each image. Its other channels are one-hot, without edges."""
 
-    constants: Tensor
+    constants: Tensor  # [N, number of constant channels]
     labels: LabelMap
 
 
 @dataclasses.dataclass
 class _Parameters:
-    """gamma and beta [P, 2C] by pattern, or [N, 2C, H, W] by pixel with no patterns."""
+    """gamma and beta [P, 2C] by pattern. Without patterns, [N, 2C, H, W] by pixel."""
 
     values: Tensor
     patterns: PatternTables | None
@@ -105,18 +113,23 @@ class _Parameters:
 def gamma_beta(
     labels: LabelMap | Tensor, network: ModulationNetwork, size: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """gamma (without its offset) and beta of every pixel.
+    """gamma, without its offset, and beta of every pixel (Park et al., CVPR 2019, Figure 2).
+
+    >>> network = ModulationNetwork(torch.ones(8, 3, 3, 3), None, *(torch.ones(4, 8, 3, 3), None) * 2)
+    >>> gamma, beta = gamma_beta(torch.zeros(1, 3, 16, 16), network, size=(8, 8))
+    >>> gamma.shape
+    torch.Size([1, 4, 8, 8])
 
     Args:
-        labels: LabelMap, or a map [N, label_nc, h, w]; an exactly one-hot tensor is taken as a LabelMap.
+        labels: LabelMap, or a map [N, label_nc, h, w]. An exactly one-hot tensor is taken as a LabelMap.
         network: the weights.
-        size: (H, W) to resize the labels to by nearest neighbor; their own by default.
+        size: (H, W) in pixels to which labels are resized by nearest neighbor; their own by default.
 
     Returns:
-        Two tensors [N, C, H, W].
+        gamma and beta, each [N, C, H, W].
 
     Raises:
-        ValueError: labels that do not fit the network.
+        ValueError: labels do not fit the network, or the map is too small for reflection padding.
     """
     shape = reference.segmap_shape(labels)
     found = _parameters(labels, network, (shape[2], shape[3]) if size is None else size)
@@ -130,20 +143,24 @@ def gamma_beta(
 def spade(x: Tensor, labels: LabelMap | Tensor, network: ModulationNetwork, norm: Norm = None) -> Tensor:
     """``norm(x) * (gamma_offset + gamma) + beta`` (Park et al., CVPR 2019, equation 1).
 
+    >>> network = ModulationNetwork(torch.ones(8, 3, 3, 3), None, *(torch.ones(4, 8, 3, 3), None) * 2)
+    >>> spade(torch.randn(1, 4, 8, 8), torch.zeros(1, 3, 16, 16), network, norm="instance").shape
+    torch.Size([1, 4, 8, 8])
+
     Args:
         x: activation [N, C, H, W].
-        labels: LabelMap, or a map [N, label_nc, h, w], resized by nearest neighbor to H×W; an exactly one-hot tensor
-            is taken as a LabelMap.
+        labels: LabelMap, or a map [N, label_nc, h, w]. It is resized by nearest neighbor to H×W. An exactly one-hot
+            tensor is taken as a LabelMap.
         network: the weights.
-        norm: None; ``batch`` (statistics of this batch) or ``instance``, eps 1e-5; or a function or module of x. An
-            ``nn.BatchNorm2d`` or ``nn.InstanceNorm2d`` without parameters or hooks is evaluated within the modulation
-            (running statistics are updated as it does), anything else is called.
+        norm: None for no norm; ``batch`` for statistics of this batch, or ``instance``, with eps 1e-5; or a function or
+            module of x. An ``nn.BatchNorm2d`` or ``nn.InstanceNorm2d`` without parameters or hooks is evaluated within
+            the modulation, which updates running statistics as the module does. Any other is called.
 
     Returns:
-        [N, C, H, W] in the dtype and layout of x (of norm(x), where norm is called).
+        [N, C, H, W] in the dtype and layout of x, or of norm(x) where norm is called.
 
     Raises:
-        ValueError: labels or x that do not fit the network; an unknown norm.
+        ValueError: labels or x do not fit the network, or norm is unknown.
     """
     channels = network.channels
     if x.dim() != 4 or x.shape[1] != channels:
@@ -158,14 +175,26 @@ def spade(x: Tensor, labels: LabelMap | Tensor, network: ModulationNetwork, norm
 
 
 def positional_norm(x: Tensor) -> Tensor:
-    """x [N, C, H, W] minus its mean over channels at each pixel, divided by sqrt(unbiased variance + 1e-5) (Li et al.,
-    Positional Normalization, NeurIPS 2019)."""
+    """Normalizes over the channels of each pixel (Li et al., Positional Normalization, NeurIPS 2019).
+
+    The result is (x - mean) / sqrt(unbiased variance + 1e-5).
+
+    Args:
+        x: [N, C, H, W].
+
+    Returns:
+        [N, C, H, W].
+    """
     variance, mean = torch.var_mean(x, dim=1, keepdim=True)
     return (x - mean) / torch.sqrt(variance + EPS)
 
 
 def conditioning(labels: LabelMap | Tensor) -> LabelMap | ConstantsAndLabels | Tensor:
-    """What a map stands for: a LabelMap, one behind constant channels, or itself."""
+    """What a map stands for: a LabelMap, a LabelMap behind constant channels, or itself.
+
+    Args:
+        labels: LabelMap, or a map [N, L, h, w].
+    """
     label_map = as_label_map(labels)
     if isinstance(label_map, LabelMap) or isinstance(labels, LabelMap):
         return label_map
@@ -183,7 +212,8 @@ def _behind_constants(labels: Tensor) -> ConstantsAndLabels | None:
         return None
     constant = (values == values[:, :, :1, :1]).all(3).all(2).all(0)
     count = int(constant.to(torch.uint8).cummin(0).values.sum())
-    # A label that no image or every pixel of an image has is constant too: channels of 0 and 1 are left to the labels.
+    # A label that no image has, or that every pixel of an image has, is constant too. Channels of 0 and 1 at the end of
+    # the constant ones belong to the labels.
     first = values[:, :count, 0, 0]
     plain = ((first == 0) | (first == 1)).all(0).tolist()
     while count and plain[count - 1]:

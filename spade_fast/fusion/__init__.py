@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fuse(): other people's SPADE layers evaluated by pattern, in place, each proven equal before it is kept."""
+"""fuse(): SPADE layers of other code evaluated by pattern, in place, each proven equal before it is kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from spade_fast.fusion.forward import Adapter, FusedForward, ScopedForward
 from spade_fast.fusion.proof import Example, find_reading, kept, prove
 from spade_fast.fusion.report import FusedLayer, FuseReport
-from spade_fast.fusion.structure import NotUnderstood, understand
+from spade_fast.fusion.structure import NotUnderstood, Structure, understand
 from spade_fast.layers.spade import FusedSPADE
 
 __all__ = ["FuseReport", "FusedLayer", "fuse", "unfuse"]
@@ -25,26 +25,35 @@ def fuse(
 ) -> FuseReport:
     """Replaces the forward of every SPADE layer of a model by one that evaluates once per distinct label patch.
 
-    In place: modules, parameters, buffers, names and state dict stay; :func:`unfuse` undoes it. Layers are recognized
-    by what they are made of, not by their names, and kept only if outputs, all gradients and buffers agree with the
-    module's on random input, in evaluation and training, with random weights and its own. All others are left, and the
-    report says why. A fused layer that is changed afterwards (a submodule, a hook, an option), is traced, compiled,
-    exported or transformed by ``torch.func``, or is called with arguments unlike those proven, runs as before. A fused
-    layer takes a :class:`spade_fast.LabelMap` for its one-hot map, too.
+    The change is in place: modules, parameters, buffers, names and state dict stay. :func:`unfuse` undoes it.
+
+    Layers are recognized by what they are made of, not by their names. A layer is fused only if outputs, all gradients
+    and buffers agree with the module's own. They are compared on random input, in evaluation and training, with random
+    weights and the layer's own. Every other layer stays as it is, and the report says why.
+
+    A fused layer runs as before in three cases: a submodule, a hook or an option of it was changed afterwards; it is
+    traced, compiled, exported or transformed by ``torch.func``; it is called with arguments unlike those proven.
+
+    A fused layer takes a :class:`spade_fast.LabelMap` in place of its one-hot map, too.
+
+    >>> from spade_fast.reference import SPADE
+    >>> report = fuse(nn.ModuleDict({"norm": SPADE(norm_nc=4, label_nc=3)}))
+    >>> [layer.how for layer in report.fused]
+    ['batch norm']
 
     Args:
         model: any module. Its parameters are float32 or float64.
-        adapters: by name of a layer's class, a function of the layer's arguments that returns (x, map), for layers
-            that are not called with those two. They need an example.
-        example: arguments of the model. Layers are then also compared and timed at the shapes they have in
-            ``model(*example)``, which is run once, in evaluation mode.
+        adapters: by the name of a layer's class, a function of the layer's arguments that returns (x, map). They are
+            for layers that are called with other arguments, and they need an example.
+        example: arguments of the model. ``model(*example)`` is then run once in evaluation mode, and layers are also
+            compared and timed at the shapes that they have in it.
 
     Returns:
-        What was done with each layer, a table when printed.
+        What was done with each layer. It prints as a table.
 
     Raises:
-        TypeError: an example that is not a tuple.
-        ValueError: an adapter for a class of which the model has no module.
+        TypeError: example is not a tuple.
+        ValueError: the model has no module of an adapter's class.
     """
     if example is not None and not isinstance(example, tuple):
         raise TypeError(f"example must be a tuple of the model's arguments, got {type(example).__name__}")
@@ -68,7 +77,7 @@ def fuse(
         except NotUnderstood as reason:
             layers.append(FusedLayer(name, cls, False, str(reason)))
             continue
-        except Exception as error:  # whatever a foreign module raises, it is left
+        except Exception as error:  # a foreign module may raise anything, and is then left as it is
             text = (str(error).splitlines() or [""])[0]
             layers.append(FusedLayer(name, cls, False, f"{type(error).__name__} in the comparison: {text}"))
             continue
@@ -81,7 +90,11 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> None:
-    """Takes back what :func:`fuse` did to a model. Weights trained since stay."""
+    """Takes back what :func:`fuse` did to a model. Weights that were trained since stay.
+
+    Args:
+        model: the module that was given to :func:`fuse`.
+    """
     for module in model.modules():
         forward = module.__dict__.get("forward")
         if isinstance(forward, (FusedForward, ScopedForward)):
@@ -93,7 +106,7 @@ def unfuse(model: nn.Module) -> None:
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
     """(name, module, Structure or NotUnderstood) of what looks like SPADE, in the model's order.
 
-    The innermost: what is around one (an activation, noise added to x) runs as before.
+    Of nested candidates, the innermost counts. What is around it, such as an activation or added noise, runs as before.
     """
     found: dict[nn.Module, tuple[str, nn.Module, Any]] = {}
     modules = list(model.named_modules())
@@ -115,7 +128,7 @@ def _record(model: nn.Module, example: tuple, modules: list[nn.Module]) -> dict[
     """The arguments of each module's first call in model(*example)."""
     calls: dict[nn.Module, tuple] = {}
 
-    def note(module, args, kwargs):
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         calls.setdefault(module, (args, kwargs))
 
     handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]
@@ -129,7 +142,8 @@ def _record(model: nn.Module, example: tuple, modules: list[nn.Module]) -> dict[
     return calls
 
 
-def _example(module: nn.Module, structure, call: tuple | None, adapter: Adapter | None) -> Example | None:
+def _example(module: nn.Module, structure: Structure, call: tuple | None, adapter: Adapter | None) -> Example | None:
+    """The recorded call of a layer; None where there is none or it has no x and map."""
     if call is None:
         if adapter is not None:
             raise NotUnderstood("has an adapter, but no example that calls it")
@@ -137,15 +151,17 @@ def _example(module: nn.Module, structure, call: tuple | None, adapter: Adapter 
     args, kwargs = call
     if kwargs:
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-        if bound.kwargs:  # of keywords alone
+        if bound.kwargs:  # some arguments can be given by keyword only
             return None
         args = bound.args[1:]
+    x: Any = None
+    labels: Any = None
     if adapter is not None:
         x, labels = adapter(*args)
     elif structure.only_map:
-        x, labels = None, args[0] if args else None
-    else:
-        x, labels = args[:2] if len(args) >= 2 else (None, None)
+        labels = args[0] if args else None
+    elif len(args) >= 2:
+        x, labels = args[:2]
     if not isinstance(labels, Tensor) or not (structure.only_map or isinstance(x, Tensor)):
         return None
 

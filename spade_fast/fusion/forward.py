@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import inspect
+import types
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +25,16 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 class _Forward:
-    """Stands for a module's forward. An object, not a closure: copies and pickles of a model take it along with their
-    own modules."""
+    """Stands for a module's forward.
+
+    It is an object and no closure, because copies and pickles of a model must refer to their own modules.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     @property
-    def __code__(self):  # torch.export asks for it
+    def __code__(self) -> types.CodeType:  # torch.export reads it
         return type(self.module).forward.__code__
 
     @property
@@ -39,24 +43,31 @@ class _Forward:
 
 
 class FusedForward(_Forward):
-    """The fused layer's function."""
+    """The fused layer's function.
+
+    Args:
+        module: the layer.
+        structure: the proven reading of the layer.
+        adapter: a function of the layer's arguments that returns (x, map), or None.
+        resizes: whether the layer resizes its map to x's size.
+    """
 
     def __init__(self, module: nn.Module, structure: Structure, adapter: Adapter | None, resizes: bool) -> None:
         super().__init__(module)
         self.structure, self.adapter, self.resizes = structure, adapter, resizes
         self.proven = fingerprint(module)
-        self.warned = False
+        self.warned = False  # whether it has warned that the module changed
 
-    def original(self, *args, **kwargs):
-        """The module's own function; of a LabelMap it is given the one-hot map."""
-        args = [self._dense(value) for value in args]
-        kwargs = {name: self._dense(value) for name, value in kwargs.items()}
-        return type(self.module).forward(self.module, *args, **kwargs)
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own function, which gets a LabelMap as its one-hot map."""
+        dense = [self._dense(value) for value in args]
+        options = {name: self._dense(value) for name, value in kwargs.items()}
+        return type(self.module).forward(self.module, *dense, **options)
 
-    def _dense(self, value):
+    def _dense(self, value: Any) -> Any:
         return value.one_hot(next(self.module.parameters()).dtype) if isinstance(value, LabelMap) else value
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or _observed():
             return self.original(*args, **kwargs)
         cause = self._changed()
@@ -73,22 +84,25 @@ class FusedForward(_Forward):
             return self.original(*args, **kwargs)
         return self.compute(*taken)
 
-    def compute(self, x: Tensor | None, labels: LabelMap | Tensor):
+    def compute(self, x: Tensor | None, labels: LabelMap | Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The layer's output, or (gamma, beta) of a layer that takes a map alone."""
         network = self.structure.network()
         if self.structure.only_map:
             return gamma_beta(labels, network)
+        assert x is not None
         return spade(x, labels, network, self.structure.norm)
 
     def _arguments(self, args: tuple, kwargs: dict) -> tuple[Tensor | None, LabelMap | Tensor] | None:
-        """(x, map), or None for a call that is not like those proven."""
+        """(x, map), or None for a call unlike those proven."""
+        structure = self.structure
+        x: Any = None
+        labels: Any = None
         if self.adapter is not None:
             x, labels = self.adapter(*args, **kwargs)
-        elif self.structure.only_map:
-            values = self._bind(args, kwargs, 1)
-            x, labels = None, None if values is None else values[0]
+        elif structure.only_map:
+            (labels,) = self._bind(args, kwargs, 1) or (None,)
         else:
             x, labels = self._bind(args, kwargs, 2) or (None, None)
-        structure = self.structure
         if not structure.only_map and type(x) not in _PLAIN:
             return None
         if type(labels) not in (*_PLAIN, LabelMap):
@@ -118,7 +132,7 @@ class FusedForward(_Forward):
         return x, labels
 
     def _bind(self, args: tuple, kwargs: dict, count: int) -> list | None:
-        """The first `count` arguments, if all the others are absent, None or their defaults."""
+        """The first `count` arguments. None where another argument is present, and neither None nor its default."""
         if not kwargs and len(args) == count:
             return list(args)
         signature = inspect.signature(type(self.module).forward)
@@ -140,7 +154,7 @@ class FusedForward(_Forward):
         return values[:count] if len(values) >= count and all(v is None for v in extra) else None
 
     def _changed(self) -> str | None:
-        """What is no longer as it was proven."""
+        """What has changed since the proof; None: nothing."""
         if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
             return "hooks of all modules were"
         now = fingerprint(self.module)
@@ -157,17 +171,20 @@ class FusedForward(_Forward):
 
 
 def _observed() -> bool:
-    """Whether something follows the operations: a trace, an export, a functorch transform, forward-mode gradients."""
+    """Whether a trace, an export, a functorch transform or a forward-mode derivative follows the operations."""
     return (
-        torch.jit.is_tracing()
+        torch.jit.is_tracing()  # type: ignore[attr-defined]  # public, but not in torch.jit's __all__
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
-        or torch.utils._python_dispatch._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
 def fingerprint(module: nn.Module) -> tuple:
-    """Changes with the submodules, their classes, options, hooks and replaced forwards, not with weights."""
+    """A value that changes with the submodules, their classes, options, hooks and replaced forwards.
+
+    It does not change with weights.
+    """
     parts = []
     for name, part in module.named_modules():
         own = part.__dict__
@@ -186,19 +203,19 @@ def _is_torchs(name: str) -> bool:
 
 
 class ScopedForward(_Forward):
-    """The model's own forward, with each map recognized once a call."""
+    """The model's own forward. Each map is recognized once a call."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.before = module.__dict__.get("forward")  # set on the instance by others
+        self.before = module.__dict__.get("forward")  # others may have set one on the instance
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._run(*args, **kwargs)
         with map_scope():
             return self._run(*args, **kwargs)
 
-    def _run(self, *args, **kwargs):
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.before is not None:
             return self.before(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)

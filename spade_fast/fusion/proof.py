@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,21 @@ from spade_fast.fusion.forward import Adapter, FusedForward
 from spade_fast.fusion.structure import NotUnderstood, Structure
 from spade_fast.labels.map_scope import map_scope
 
-# Relative to the largest output, and to the largest value of a gradient. The proof is in float64; in the module's own
-# dtype, sums in another order differ by this much.
+# (limit of outputs, limit of gradients), each relative to the largest value. The proof is in float64. In the module's
+# own dtype, sums in another order differ by up to ROUNDING.
 PROOF = (1e-10, 1e-8)
 ROUNDING = {torch.float32: (2e-5, 1e-4), torch.float16: (5e-3, 2e-2), torch.bfloat16: (4e-2, 1e-1)}
-SIZES = ((7, 10), (6, 5))  # of x; the maps are of the same size or, by a factor that is not whole, larger
-LARGER = ((17, 13), (8, 9))
+SIZES = ((7, 10), (6, 5))  # (H, W) of x, and of maps of x's size
+LARGER = ((17, 13), (8, 9))  # (h, w) of maps that are larger by a factor which is not whole
 TIMED = (64, 64)
+
+
+Build = Callable[[Tensor | None, Tensor], tuple]  # the arguments of a call with another x and map
 
 
 @dataclasses.dataclass
 class Differences:
-    """The worst relative differences, and milliseconds without gradients."""
+    """The largest relative differences, and milliseconds without gradients."""
 
     evaluation: float = 0.0
     training: float = 0.0
@@ -40,7 +44,7 @@ class Differences:
 class Example:
     """A call of the layer within the model's: its arguments, and which of them are x and the map."""
 
-    build: Callable[[Tensor | None, Tensor], tuple]
+    build: Build
     x: Tensor | None
     labels: Tensor
 
@@ -49,8 +53,15 @@ class Example:
 def kept(
     module: nn.Module, dtype: torch.dtype | None = None, generator: torch.Generator | None = None
 ) -> Iterator[None]:
-    """Inside, a module may run: its buffers are copies, and so are its parameters if a dtype for them is given, random
-    ones with a generator. Afterwards everything is as before, random states too; its own tensors are never written."""
+    """Inside, a module may run. Afterwards everything is as before, random states too.
+
+    The module's own tensors are never written: its buffers are copies inside.
+
+    Args:
+        module: the module.
+        dtype: if given, the parameters are copies of this dtype.
+        generator: if given, the values of the copied parameters and running statistics are random.
+    """
     parts = list(module.modules())
     flags = [(m, m.training) for m in parts]
     parameters, buffers = ([(m, k, v) for m in parts for k, v in getattr(m, n).items()] for n in _TABLES)
@@ -61,7 +72,7 @@ def kept(
         with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
             for m, name, value in [*(parameters if dtype else []), *buffers]:
                 if value is not None:
-                    table = m._buffers if name in m._buffers else m._parameters
+                    table: dict[str, Any] = m._buffers if name in m._buffers else m._parameters
                     table[name] = copies.setdefault(id(value), _copy(name, value, dtype, generator))
             yield
     finally:
@@ -79,7 +90,7 @@ _TABLES = ("_parameters", "_buffers")
 
 
 def _copy(name: str, value: Tensor, dtype: torch.dtype | None, generator: torch.Generator | None) -> Tensor:
-    """Random values are of a size at which every term matters: in a new network many are zero."""
+    """A copy. Random values are of a size at which every term matters, while many weights of a new network are zero."""
     copy = value.detach().clone()
     if dtype is not None and copy.is_floating_point():
         copy = copy.to(dtype)
@@ -99,13 +110,20 @@ def _copy(name: str, value: Tensor, dtype: torch.dtype | None, generator: torch.
 def find_reading(
     module: nn.Module, structure: Structure, adapter: Adapter | None, only: Example | None
 ) -> tuple[FusedForward, torch.dtype]:
-    """The reading of the structure that computes what the module computes with random weights, and the dtype in which
-    that was seen: float64, or the parameters' own where the module does not run in it.
+    """The reading of the structure that computes what the module computes with random weights.
 
-    only: a call whose form and sizes are the only ones known to run.
+    Args:
+        module: the layer.
+        structure: its parts.
+        adapter: see :func:`spade_fast.fuse`.
+        only: a call with the only arguments and sizes that are known to run.
+
+    Returns:
+        The fused forward, and the dtype of the comparison. It is float64, or the parameters' own where the module does
+        not run in float64.
 
     Raises:
-        NotUnderstood: none does.
+        NotUnderstood: no reading computes the same.
     """
     own = next(module.parameters()).dtype
     if own != torch.float64 and own not in ROUNDING:
@@ -116,7 +134,7 @@ def find_reading(
         for resizes in (False,) if structure.only_map else (True, False):
             with kept(module, dtype, generator), torch.no_grad():
                 x, labels, build = _input(structure, module, generator, only, 0, resizes, "one-hot")
-                if resizes and x.shape[2:] == labels.shape[2:]:
+                if resizes and x is not None and x.shape[2:] == labels.shape[2:]:
                     continue
                 module.eval()
                 try:
@@ -140,13 +158,23 @@ def find_reading(
 def prove(
     module: nn.Module, fused: FusedForward, dtype: torch.dtype, only: Example | None, example: Example | None
 ) -> Differences:
-    """Compares in evaluation and training, with random weights and its own, one-hot and dense maps, in dtype; then in
-    the parameters' own dtype, which is what is returned.
+    """Compares a layer and its fused forward in evaluation and training.
 
-    example: a call at real sizes.
+    The comparison takes random weights and the layer's own, and one-hot and dense maps. It is made in dtype, and then
+    in the parameters' own dtype.
+
+    Args:
+        module: the layer.
+        fused: its fused forward.
+        dtype: of the first comparison.
+        only: a call with the only arguments and sizes that are known to run.
+        example: a call at real sizes.
+
+    Returns:
+        The differences in the parameters' own dtype.
 
     Raises:
-        NotUnderstood: a difference above the tolerance.
+        NotUnderstood: a difference is above its limit.
     """
     own = next(module.parameters()).dtype
     generator = torch.Generator().manual_seed(1)
@@ -182,7 +210,15 @@ def _check(found: Differences, limits: tuple[float, float]) -> None:
             raise NotUnderstood(f"differs in {name}: relative difference {getattr(found, name):.2g}")
 
 
-def _compare_modes(found: Differences, module, fused, x, labels, build, dense: bool) -> None:
+def _compare_modes(
+    found: Differences,
+    module: nn.Module,
+    fused: FusedForward,
+    x: Tensor | None,
+    labels: Tensor,
+    build: Build,
+    dense: bool,
+) -> None:
     for training in (False, True):
         module.train(training)
         difference, gradients = _compare(module, fused, x, labels, build, dense)
@@ -191,15 +227,24 @@ def _compare_modes(found: Differences, module, fused, x, labels, build, dense: b
         found.gradients = max(found.gradients, gradients)
 
 
-def _input(structure, module, generator, example, which, larger, kind):
-    """(x, map, function giving the arguments): random, of the example's sizes if there is one."""
-    n, size = 2, SIZES[which]
+def _input(
+    structure: Structure,
+    module: nn.Module,
+    generator: torch.Generator,
+    example: Example | None,
+    which: int,
+    larger: bool,
+    kind: str,
+) -> tuple[Tensor | None, Tensor, Build]:
+    """(x, map, function giving the arguments). They are random, and of the example's sizes if there is one."""
+    n, size = 2, list(SIZES[which])
     if structure.only_map:
         map_size = size
     elif example is not None:
-        n, size, map_size = example.x.shape[0], tuple(example.x.shape[2:]), tuple(example.labels.shape[2:])
+        assert example.x is not None
+        (n, _, *size), (_, _, *map_size) = example.x.shape, example.labels.shape
     else:
-        map_size = LARGER[which] if larger else size
+        map_size = list(LARGER[which]) if larger else size
     x = None if structure.only_map else torch.randn(n, structure.channels, *size, generator=generator) * 1.5 + 0.3
     labels = _map(n, structure.shared.in_channels, map_size, kind, generator)
     parameter = next(module.parameters())
@@ -211,7 +256,7 @@ def _plain_arguments(x: Tensor | None, labels: Tensor) -> tuple:
     return (labels,) if x is None else (x, labels)
 
 
-def _map(n: int, channels: int, size: tuple[int, int], kind: str, generator: torch.Generator) -> Tensor:
+def _map(n: int, channels: int, size: Sequence[int], kind: str, generator: torch.Generator) -> Tensor:
     if kind == "dense":
         return torch.randn(n, channels, *size, generator=generator)
     constant = channels // 2 if kind == "constants" else 0
@@ -222,30 +267,32 @@ def _map(n: int, channels: int, size: tuple[int, int], kind: str, generator: tor
     return torch.cat([noise, labels], dim=1)
 
 
-def _compare(module, fused, x, labels, build, dense: bool) -> tuple[float, float]:
-    """(difference of outputs and buffers, of gradients)."""
+def _compare(
+    module: nn.Module, fused: FusedForward, x: Tensor | None, labels: Tensor, build: Build, dense: bool
+) -> tuple[float, float]:
+    """(largest difference of outputs and buffers, largest difference of gradients)."""
     results = []
     for new in (False, True):
         with kept(module):
             torch.manual_seed(0)
-            leaves = [p for p in module.parameters() if p.requires_grad]
-            x_, labels_ = (None if t is None else t.detach().clone() for t in (x, labels))
+            inputs: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
+            x_, labels_ = None if x is None else x.detach().clone(), labels.detach().clone()
             if x_ is not None:
-                leaves.append(x_.requires_grad_())
+                inputs.append(x_.requires_grad_())
             if dense:
-                leaves.append(labels_.requires_grad_())
+                inputs.append(labels_.requires_grad_())
             with map_scope():
                 out = fused.compute(x_, labels_) if new else type(module).forward(module, *build(x_, labels_))
             out = _joined(out)
-            # Of both signs: the rounding of a sum whose terms have one sign grows with the number of pixels.
+            # The weights have both signs: with one sign, the rounding of a sum would grow with the number of pixels.
             weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
-            gradients = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
+            gradients = torch.autograd.grad((out * weights).sum(), inputs, allow_unused=True)
             results.append((out.detach(), gradients, [b.clone() for b in module.buffers()]))
     (want, want_grads, want_buffers), (got, got_grads, got_buffers) = results
     if want.shape != got.shape or want.dtype != got.dtype:
         raise NotUnderstood(f"returns {want.dtype} {list(want.shape)}, fused {got.dtype} {list(got.shape)}")
     difference = max([_relative(got, want), *map(_relative, got_buffers, want_buffers)])
-    # A gradient that vanishes in theory, of a bias before a norm say, is measured by the others.
+    # The gradient of a bias before a norm vanishes in theory: the floor comes from the other gradients.
     largest = max((float(g.abs().max()) for g in want_grads if g is not None), default=0.0)
     floor = largest * (1e-3 if want.dtype == torch.float64 else 1.0)
     worst = 0.0
@@ -266,15 +313,24 @@ def _relative(got: Tensor, want: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def _joined(out) -> Tensor:
+def _joined(out: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
     if isinstance(out, (tuple, list)):
         return torch.cat(list(out), dim=1)
     return out
 
 
-def _time(module, fused, example, generator, found: Differences) -> None:
-    """Evaluation, without gradients, on the example's x and map, or on a one-hot map of 6×6 cells; the map's patterns
-    are found before, as after a model's first layer of a size."""
+def _time(
+    module: nn.Module,
+    fused: FusedForward,
+    example: Example | None,
+    generator: torch.Generator,
+    found: Differences,
+) -> None:
+    """Times evaluation without gradients on the example's x and map, or on a one-hot map of 6×6 cells.
+
+    The map's patterns are found before, as they are after a model's first layer of a size.
+    """
+    build: Build
     structure = fused.structure
     if example is None:
         x = None if structure.only_map else torch.randn(1, structure.channels, *TIMED, generator=generator)

@@ -12,9 +12,12 @@ HEADINGS = ("layer", "class", "", "how, or why not", "eval", "train", "gradients
 
 @dataclasses.dataclass
 class FusedLayer:
-    """One layer of the report. Differences are in the parameters' dtype, relative to the largest value of the output or
-    of all gradients, the worst over all that was compared; milliseconds are of a forward in evaluation, on this device,
-    once the patterns of the map are known."""
+    """One layer of the report.
+
+    A difference is the largest over all comparisons, computed in the parameters' dtype. It is relative to the largest
+    value of the output, or of all gradients. Milliseconds are those of a forward in evaluation mode on this device,
+    once the patterns of the map are known.
+    """
 
     name: str
     cls: str
@@ -29,16 +32,18 @@ class FusedLayer:
 
 @dataclasses.dataclass
 class FuseReport:
-    """The layers that fuse() took or left, in the order of the model's modules. Prints as a table."""
+    """The layers that look like SPADE, in the order of the model's modules. It prints as a table."""
 
     layers: list[FusedLayer]
 
     @property
     def fused(self) -> list[FusedLayer]:
+        """The layers that run fused."""
         return [layer for layer in self.layers if layer.fused]
 
     @property
     def left(self) -> list[FusedLayer]:
+        """The layers that run as before."""
         return [layer for layer in self.layers if not layer.fused]
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,17 @@ _NEUTRAL = (nn.Identity, nn.ReflectionPad2d, nn.ReLU, nn.LeakyReLU, nn.Upsample)
 _HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+Convolution = TypeVar("Convolution", bound=_ConvNd)
+_Weights = tuple[Tensor, Tensor | None]  # weight and bias
+
+
 class NotUnderstood(Exception):
     """Why a module that looks like a SPADE layer is left as it is."""
 
 
 @dataclasses.dataclass
 class Structure:
-    """The parts of a layer, and the readings of them that are still open (closed by proof)."""
+    """The parts of a layer, and one reading of what they mean. The proof chooses among `readings`."""
 
     shared: nn.Conv2d
     heads: list[list[nn.Conv2d]]  # one merged convolution; two; or two pairs (depthwise, pointwise)
@@ -52,7 +57,7 @@ class Structure:
 
     @property
     def gains_when_dense(self) -> bool:
-        """Whether dense maps are worth it too: other layers compute them faster themselves."""
+        """Whether the fused layer is fast on dense maps too. Other layers compute those faster themselves."""
         return len(self.heads[0]) == 1 and self.instance_eps is None and self.padding == "zeros"
 
     @property
@@ -60,24 +65,25 @@ class Structure:
         return [self.shared, *(conv for head in self.heads for conv in head)]
 
     def network(self) -> ModulationNetwork:
-        """The weights of this moment; runs the hooks that make them, once each."""
+        """The weights as they are now. Runs each hook that computes a weight once."""
+        outs: list[_Weights | None] = [None, None]
         shared = _weight_and_bias(self.shared)
         if self.merged:
             weight, bias = _weight_and_bias(self.heads[0][0])
             biases = (None, None) if bias is None else bias.chunk(2)
-            halves = list(zip(weight.chunk(2), biases, strict=True))
-            outs = [None, None]
+            halves: list[_Weights] = list(zip(weight.chunk(2), biases, strict=True))
         else:
             parts = [_fold(head, self.instance_eps is not None) for head in self.heads]
-            halves, outs = [p[:2] for p in parts], [p[2] for p in parts]
+            halves, outs = [p[0] for p in parts], [p[1] for p in parts]
         if not self.gamma_first:
             halves.reverse()
             outs.reverse()
-        options = (self.slope, self.offset, self.padding, self.instance_eps)
-        return ModulationNetwork(*shared, *halves[0], *halves[1], *options, *outs)
+        weights = (*shared, *halves[0], *halves[1])
+        return ModulationNetwork(*weights, self.slope, self.offset, self.padding, self.instance_eps, *outs)
 
     def readings(self) -> list[Structure]:
         """What the parts may mean, the likeliest first."""
+        norms: list[Callable[[Tensor], Tensor] | None]
         slopes = [self.slope] if self.slope >= 0 else [0.0, 0.2, 0.01]
         offsets = (1.0,) if self.only_map else (1.0, 0.0)
         norms = [self.norm] if self.norm is not None or self.only_map else [None, positional_norm]
@@ -116,61 +122,69 @@ class Structure:
         return ", ".join([*words, *sorted(hooks)])
 
 
-def _weight_and_bias(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+def _weight_and_bias(conv: nn.Conv2d) -> _Weights:
     for hook in conv._forward_pre_hooks.values():
         hook(conv, (None,))
-    return conv.weight, conv.bias  # each read once: a parametrization is computed at every reading
+    return conv.weight, conv.bias  # a parametrization is computed at every reading: read each once
 
 
-def _fold(head: list[nn.Conv2d], normalized: bool) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor | None] | None]:
-    """Weight and bias of one convolution for depthwise and then pointwise: exact, since the pointwise one adds no
-    border of its own. normalized: a norm lies between; the depthwise one as a full one, and then the pointwise one."""
+def _fold(head: list[nn.Conv2d], normalized: bool) -> tuple[_Weights, _Weights | None]:
+    """One convolution for a depthwise and then a pointwise one. It is exact: a pointwise one adds no border.
+
+    Args:
+        head: one convolution, or a depthwise and a pointwise one.
+        normalized: whether a norm lies between the two.
+
+    Returns:
+        Weight and bias of the convolution. With a norm between, those of the depthwise one as a full convolution, and
+        those of the pointwise one.
+    """
     if len(head) == 1:
-        return *_weight_and_bias(head[0]), None
+        return _weight_and_bias(head[0]), None
     (depth, depth_bias), (point, bias) = (_weight_and_bias(conv) for conv in head)
     if normalized:
         eye = torch.eye(depth.shape[0], dtype=depth.dtype, device=depth.device)
-        return depth[:, 0][:, None] * eye[:, :, None, None], depth_bias, (point, bias)
+        return (depth[:, 0][:, None] * eye[:, :, None, None], depth_bias), (point, bias)
     matrix = point[:, :, 0, 0]
     if depth_bias is not None:
         moved = matrix @ depth_bias
         bias = moved if bias is None else bias + moved
-    return matrix[:, :, None, None] * depth[:, 0][None], bias, None
+    return (matrix[:, :, None, None] * depth[:, 0][None], bias), None
 
 
 def understand(module: nn.Module) -> Structure | None:
-    """The structure of a SPADE layer; None for a module that is none.
+    """The structure of a SPADE layer; None for a module that is no SPADE layer.
 
     Raises:
-        NotUnderstood: the module looks like a SPADE layer, but something in it is not known.
+        NotUnderstood: the module looks like a SPADE layer, but a part of it is unknown.
     """
     if isinstance(module, _CONTAINERS) or any(p is not None for p in module._parameters.values()):
         return None
-    convs = [(name, c) for name, c in module.named_modules() if isinstance(c, _ConvNd) and c is not module]
-    if any(isinstance(c, _ConvTransposeNd) for _, c in convs):
+    found = [(name, c) for name, c in module.named_modules() if isinstance(c, _ConvNd) and c is not module]
+    if any(isinstance(c, _ConvTransposeNd) for _, c in found):
         return None
     positional, variadic = _positional(module)
     only_map = positional == 1 and not variadic
-    if positional < 1 or (only_map and len(convs) != 3):
+    if positional < 1 or (only_map and len(found) != 3):
         return None
-    if len(convs) == 1 and positional >= 2 and _takes_hidden_map(module, convs[0][1]):
+    if len(found) == 1 and positional >= 2 and _takes_hidden_map(module, found[0][1]):
         raise NotUnderstood("takes the hidden map, not the labels")
-    roles = _roles([c for _, c in convs])
-    if roles is None:
+    if _roles([c for _, c in found]) is None:
         return None
-    shared, heads = roles
-    norm, inner = _norms(module, {name.split(".")[0] for name, _ in convs})
+    norm, inner = _norms(module, {name.split(".")[0] for name, _ in found})
     if any(isinstance(part, (nn.Linear, nn.Embedding)) for n in norm for part in n.modules()):
         return None
-    known = {id(p) for _, c in convs for p in c.parameters()}
+    known = {id(p) for _, c in found for p in c.parameters()}
     known |= {id(p) for n in norm for p in n.parameters()} | {id(p) for _, n in inner for p in n.parameters()}
     if any(id(p) not in known for p in module.parameters()):
-        if len(heads) == 1:  # two convolutions in a row may be anything
+        if len(found) == 2:  # two convolutions in a row may be anything
             return None
         further = next(name for name, p in module.named_parameters() if id(p) not in known)
         raise NotUnderstood(f"has further parameters: {further}")
-    for name, conv in convs:
-        _check_convolution(name, conv)
+    convs = [(name, _checked_convolution(name, conv)) for name, conv in found]
+    roles = _roles([c for _, c in convs])
+    assert roles is not None  # the same convolutions have roles above
+    shared, heads = roles
     if len(norm) > 1:
         raise NotUnderstood(f"{len(norm)} modules that may be its norm: {', '.join(type(n).__name__ for n in norm)}")
     _check_hooks(module, norm, [c for _, c in convs])
@@ -183,7 +197,7 @@ def understand(module: nn.Module) -> Structure | None:
         shared,
         heads,
         norm[0] if norm else None,
-        _padding([*((names[id(c)], c) for c in (shared, *(h[0] for h in heads)))]),
+        _padding([(names[id(c)], c) for c in (shared, *(h[0] for h in heads))]),
         _instance_eps(inner, heads),
         only_map,
         _slope(module),
@@ -203,11 +217,11 @@ def _positional(module: nn.Module) -> tuple[int, bool]:
 
 def _takes_hidden_map(module: nn.Module, conv: nn.Module) -> bool:
     norms = [m for m in module.modules() if isinstance(m, (nn.modules.batchnorm._NormBase, nn.GroupNorm))]
-    return len(norms) == 1 and conv.out_channels == 2 * getattr(norms[0], "num_features", -1)
+    return len(norms) == 1 and bool(conv.out_channels == 2 * getattr(norms[0], "num_features", -1))
 
 
-def _roles(convs: list[_ConvNd]) -> tuple[_ConvNd, list[list[_ConvNd]]] | None:
-    """(first convolution, heads): every head takes what the first one gives, and all give as many channels."""
+def _roles(convs: list[Convolution]) -> tuple[Convolution, list[list[Convolution]]] | None:
+    """(first convolution, heads). Every head takes the first one's output, and all give the same number of channels."""
     for shared in convs:
         rest = [c for c in convs if c is not shared]
         if len(rest) == 4:
@@ -227,18 +241,19 @@ def _roles(convs: list[_ConvNd]) -> tuple[_ConvNd, list[list[_ConvNd]]] | None:
 
 
 def _norms(module: nn.Module, holders: set[str]) -> tuple[list[nn.Module], list[tuple[str, nn.Module]]]:
-    """The children that may be the norm of x, and what else lies beside the convolutions, with its name.
+    """The children that may be the norm of x, and the other modules beside the convolutions with their names.
 
     holders: the children that hold convolutions.
     """
-    norms, inner = [], []
+    norms: list[nn.Module] = []
+    inner: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
         if name not in holders:
             if not isinstance(child, _NEUTRAL) and any(True for _ in child.modules()):
                 norms.append(child)
             continue
         for path, part in child.named_modules(prefix=name):
-            if ".parametrizations." in path:  # run when a convolution's weight is read
+            if ".parametrizations." in path:  # reading a convolution's weight runs it
                 continue
             leaf = not any(True for _ in part.children())
             if leaf and not isinstance(part, (_ConvNd, *_NEUTRAL, *_CONTAINERS)):
@@ -246,7 +261,8 @@ def _norms(module: nn.Module, holders: set[str]) -> tuple[list[nn.Module], list[
     return norms, inner
 
 
-def _check_convolution(name: str, conv: _ConvNd) -> None:
+def _checked_convolution(name: str, conv: _ConvNd) -> nn.Conv2d:
+    """conv, if it is of a kind that the fused layer computes."""
     if not isinstance(conv, nn.Conv2d):
         raise NotUnderstood(f"{name} is a {type(conv).__name__}: only 2-D maps")
     if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
@@ -257,12 +273,15 @@ def _check_convolution(name: str, conv: _ConvNd) -> None:
         raise NotUnderstood(f"{name} has {conv.groups} groups")
     if conv.kernel_size[0] != conv.kernel_size[1] or conv.kernel_size[0] not in reference.KERNEL_SIZES:
         raise NotUnderstood(f"{name} has a kernel of {conv.kernel_size}")
+    return conv
 
 
-def _check_hooks(module: nn.Module, norms: list[nn.Module], convs: list[nn.Module]) -> None:
+def _check_hooks(module: nn.Module, norms: list[nn.Module], convs: list[nn.Conv2d]) -> None:
     if "forward" in module.__dict__:
         raise NotUnderstood("its forward was replaced on the instance")
-    called = {id(m) for norm in norms if not is_native(norm) for m in norm.modules()}  # their hooks run as ever
+    called = {
+        id(m) for norm in norms if not is_native(norm) for m in norm.modules()
+    }  # their own forwards run their hooks
     for name, part in module.named_modules():
         if part is module or id(part) in called:
             continue
@@ -286,7 +305,7 @@ def _padding(convs: list[tuple[str, nn.Conv2d]]) -> str:
                 raise NotUnderstood(f"{name} has padding_mode {conv.padding_mode}")
             kinds.add(conv.padding_mode)
         elif conv.padding == (0, 0) or conv.padding == "valid":
-            kinds.add("reflect")  # padded before, if at all: whether by reflection is for the proof to say
+            kinds.add("reflect")  # the layer may pad by reflection before it: the proof decides
         else:
             raise NotUnderstood(f"{name} pads a kernel of {conv.kernel_size} by {conv.padding}")
     if len(kinds) > 1:
@@ -302,12 +321,14 @@ def _instance_eps(inner: list[tuple[str, nn.Module]], heads: list[list[nn.Conv2d
         return None
     if len(inner) != len(heads) or len({part.eps for _, part in inner}) > 1:
         raise NotUnderstood(f"{len(inner)} norms beside {len(heads)} convolutions: {', '.join(n for n, _ in inner)}")
-    return inner[0][1].eps
+    eps = inner[0][1].eps
+    assert isinstance(eps, float)
+    return eps
 
 
 def _slope(module: nn.Module) -> float:
-    """Of the activation; -1 where no module tells."""
-    found = set()
+    """The activation's negative slope; -1 where no module tells it."""
+    found: set[float] = set()
     for part in module.modules():
         if isinstance(part, nn.LeakyReLU):
             found.add(part.negative_slope)

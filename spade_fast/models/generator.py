@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SPADE generator (paper, section 3 and Figure 14)."""
+"""The SPADE generator (Park et al., CVPR 2019, section 3 and Figure 14)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from spade_fast.labels.map_scope import as_label_map, map_scope
 from spade_fast.layers.as_built import changed, changed_convolution, torch_only
 from spade_fast.layers.block import SPADEResnetBlock
 from spade_fast.layers.normalization import recomputing
+from spade_fast.layers.patches import weight_table
 from spade_fast.layers.plain import SLOPE
 from spade_fast.layers.spectral import SpectralConv2d, has_spectral_norm
 from spade_fast.ops.label_conv import label_conv
@@ -29,10 +30,19 @@ UPSAMPLING_LAYERS = {"normal": 5, "more": 6, "most": 7}
 
 
 def start_size(crop_size: int, aspect_ratio: float, num_upsampling_layers: str) -> tuple[int, int]:
-    """(height, width) of the generator's first feature map; aspect_ratio is width / height.
+    """(height, width) in pixels of the generator's first feature map.
+
+    >>> start_size(256, 1.0, "normal")
+    (8, 8)
+
+    Args:
+        crop_size: width of the image in pixels.
+        aspect_ratio: width / height of the image.
+        num_upsampling_layers: ``normal``, ``more`` or ``most``.
 
     Raises:
-        ValueError: an unknown num_upsampling_layers, or a crop_size its doublings do not divide.
+        ValueError: num_upsampling_layers is unknown, its doublings do not divide crop_size, or aspect_ratio is not
+            positive.
     """
     if num_upsampling_layers not in UPSAMPLING_LAYERS:
         names = ", ".join(UPSAMPLING_LAYERS)
@@ -50,24 +60,32 @@ def start_size(crop_size: int, aspect_ratio: float, num_upsampling_layers: str) 
 
 
 class SPADEGenerator(nn.Module):
-    """Generator: a latent code (or the downsampled map) through SPADE residual blocks with nearest ×2 in between.
+    """The SPADE generator (Park et al., CVPR 2019, section 3 and Figure 14).
+
+    It sends a latent code, or the downsampled label map, through SPADE residual blocks. Between blocks it enlarges the
+    features twice by nearest neighbor.
+
+    >>> net = SPADEGenerator(label_nc=3, ngf=1, crop_size=64)
+    >>> net(LabelMap(torch.zeros(1, 64, 64, dtype=torch.uint8), num_classes=3)).shape
+    torch.Size([1, 3, 64, 64])
 
     Args:
-        label_nc: every input channel of the map: classes, + 1 for unknown, + 1 for instance edges (COCO-Stuff: 184).
-        ngf: width; the first blocks have 16·ngf channels, the last ngf (``most``: ngf/2).
+        label_nc: channels of the map: classes, one more for "unknown", one more for instance edges (COCO-Stuff: 184).
+        ngf: width. The first blocks have 16·ngf channels, the last ngf, or ngf/2 with ``most``.
         crop_size: width in pixels of the images it is trained on. A label map of another size gives an image of that
             size where it can, see :meth:`image_size`.
         aspect_ratio: width / height of the images it is trained on.
         num_upsampling_layers: ``normal`` (5 doublings), ``more`` (6) or ``most`` (7, with one more block).
-        z_dim: size of the latent code; None starts from the map, downsampled by nearest neighbor.
+        z_dim: size of the latent code. None starts from the map, downsampled by nearest neighbor.
         norm, kernel_size: see :class:`spade_fast.reference.SPADE`.
-        spectral_norm: whether the blocks' convolutions are spectrally normalized. A norm_G of the authors' code is
-            ``**norm_g_options(norm_G)``.
-        spade: ``fused`` (patterns of labels) or ``reference`` (the plain layers): the same function and the same
-            parameter names.
+        spectral_norm: whether the blocks' convolutions are spectrally normalized.
+            :func:`spade_fast.models.norm_g_options` gives norm, kernel_size and spectral_norm of a norm_G of the
+            authors' code.
+        spade: ``fused`` for :class:`spade_fast.FusedSPADE`, ``reference`` for the plain layers. Function and parameter
+            names are the same.
 
     Raises:
-        ValueError: an option out of range, named.
+        ValueError: an option is out of range.
     """
 
     def __init__(
@@ -85,7 +103,7 @@ class SPADEGenerator(nn.Module):
     ) -> None:
         super().__init__()
         self.fused = spade == "fused"
-        self.checkpoint_blocks = False  # True: only each block's input is kept for backward, which computes it again
+        self.checkpoint_blocks = False  # True: backward computes each block again from the block's input
         self._options: dict[str, Any] = dict(
             label_nc=label_nc,
             ngf=ngf,
@@ -99,11 +117,12 @@ class SPADEGenerator(nn.Module):
         )
         self.start = start_size(crop_size, aspect_ratio, num_upsampling_layers)
         self.z_dim = z_dim
-        self._warned = False  # that an image has not the size of its label map
+        self._warned = False  # whether it has warned that an image has not the size of its label map
 
         def block(fin: int, fout: int) -> SPADEResnetBlock:
             return SPADEResnetBlock(fin, fout, label_nc, norm, kernel_size, spade, spectral_norm)
 
+        self.fc: nn.Module
         if z_dim is None:
             self.fc = nn.Conv2d(label_nc, 16 * ngf, 3, padding=1)
         else:
@@ -120,8 +139,9 @@ class SPADEGenerator(nn.Module):
         self.conv_img = nn.Conv2d(ngf // 2 if num_upsampling_layers == "most" else ngf, 3, 3, padding=1)
 
     def freeze(self) -> SPADEGenerator:
-        """For serving: puts the network into evaluation mode and divides and packs the spectrally normalized weights
-        once, as they are now. Writes to weights show again after ``unfreeze()``, ``train()`` or ``load_state_dict()``.
+        """Prepares for serving: evaluation mode, with spectrally normalized weights divided and packed once.
+
+        Later writes to weights show after ``unfreeze()``, ``train()`` or ``load_state_dict()``.
 
         Returns:
             The generator.
@@ -133,7 +153,11 @@ class SPADEGenerator(nn.Module):
         return self
 
     def unfreeze(self) -> SPADEGenerator:
-        """Every forward computes from the weights as they then are, as at first. Returns the generator."""
+        """Takes back `freeze`: every forward computes from the weights as they then are.
+
+        Returns:
+            The generator.
+        """
         for module in self.modules():
             if isinstance(module, SpectralConv2d):
                 module.unfreeze()
@@ -141,8 +165,11 @@ class SPADEGenerator(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments that build a network which this one's state dict fits: those given, and no spectral norm once
-        ``torch.nn.utils.remove_spectral_norm`` was called on its convolutions."""
+        """The arguments of a network that this one's state dict fits.
+
+        They are the arguments given, but spectral_norm is False once ``torch.nn.utils.remove_spectral_norm`` was called
+        on the network's convolutions.
+        """
         return {**self._options, "spectral_norm": self._options["spectral_norm"] and has_spectral_norm(self)}
 
     @property
@@ -192,7 +219,7 @@ class SPADEGenerator(nn.Module):
         return size[0] // self.scale, size[1] // self.scale
 
     def blocks(self) -> list[tuple[SPADEResnetBlock, int]]:
-        """The residual blocks in order, each with the factor its input is enlarged by."""
+        """The residual blocks in order, each with the factor by which its input is enlarged."""
         middle = 1 if self._options["num_upsampling_layers"] == "normal" else 2
         blocks = [(self.head_0, 1), (self.G_middle_0, 2), (self.G_middle_1, middle)]
         blocks += [(self.up_0, 2), (self.up_1, 2), (self.up_2, 2), (self.up_3, 2)]
@@ -209,8 +236,9 @@ class SPADEGenerator(nn.Module):
                 labels = labels.one_hot(weight.dtype)
             if isinstance(labels, Tensor):
                 return self.fc(F.interpolate(labels, size=start, mode="nearest"))
-            table = weight.permute(2, 3, 1, 0).reshape(9, *weight.shape[1::-1])
-            return label_conv(labels.resized(*start), table, self.fc.bias, labels.has_edges, 3, padding=1)
+            assert isinstance(self.fc, nn.Conv2d)
+            codes, table = labels.resized(*start), weight_table(weight)
+            return label_conv(codes, table, self.fc.bias, labels.has_edges, 3, padding=1)
         if z is None:
             z = torch.randn(n, self.z_dim, dtype=weight.dtype, device=weight.device)
         if z.shape != (n, self.z_dim):
@@ -218,12 +246,12 @@ class SPADEGenerator(nn.Module):
         x = self.fc(z).unflatten(1, (-1, *self.start))
         return x.contiguous(memory_format=torch.channels_last) if self.fused else x
 
-    def forward(self, segmap, z: Tensor | None = None) -> Tensor:
-        """Synthesize images.
+    def forward(self, segmap: LabelMap | Tensor, z: Tensor | None = None) -> Tensor:
+        """Synthesizes images.
 
         Args:
-            segmap: :class:`spade_fast.LabelMap` or [N, label_nc, h, w] tensor; layers resize it (nearest).
-            z: latent codes [N, z_dim]; drawn from N(0, 1) when None and the generator has a z_dim.
+            segmap: :class:`spade_fast.LabelMap` or tensor [N, label_nc, h, w]. Layers resize it by nearest neighbor.
+            z: latent codes [N, z_dim]. With None, a generator with a z_dim draws them from N(0, 1).
 
         Returns:
             Images [N, 3, H, W] in [-1, 1], of the map's size where h and w are multiples of :attr:`scale` and the
@@ -245,7 +273,9 @@ class SPADEGenerator(nn.Module):
             labels = as_segmap(labels, next(self.parameters()).dtype)
         x = self._first_features(labels, z)
         for block, upsample in self.blocks():
-            if upsample != 1 and changed(block, SPADEResnetBlock) is not None:  # it sees what a plain network gives it
+            if (
+                upsample != 1 and changed(block, SPADEResnetBlock) is not None
+            ):  # a changed block gets the x that a plain network gives it
                 x, upsample = F.interpolate(x, scale_factor=float(upsample), mode="nearest"), 1
             if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
                 x = checkpoint(
@@ -259,8 +289,9 @@ class SPADEGenerator(nn.Module):
                 )
             else:
                 x = block(x, labels, upsample) if upsample != 1 else block(x, labels)
-        own = changed(block, SPADEResnetBlock) is None  # then nothing else holds its output
-        return torch.tanh(self.conv_img(F.leaky_relu(x, SLOPE, inplace=own)))
+        # Nothing but this function holds the output of a block that is as built.
+        in_place = changed(block, SPADEResnetBlock) is None
+        return torch.tanh(self.conv_img(F.leaky_relu(x, SLOPE, inplace=in_place)))
 
 
 def _checkpoint_contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:

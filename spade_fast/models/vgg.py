@@ -80,12 +80,13 @@ def load_vgg19(path: str | Path | None = None) -> VGG19Features:
         f"Give a file in torchvision's format (vgg19-dcbb9e9d.pth) with --vgg-weights FILE, or let {URL} "
         "be downloaded, or train without the perceptual loss: --lambda-vgg 0."
     )
+    state: object
     try:
         if path is None:
             state = torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
         else:
             state = load_tensors(path)
-    except Exception as error:  # the ways on are the same whatever went wrong: network, hash, file, format
+    except Exception as error:  # of network, hash, file or format: what to do is the same
         source = "downloaded" if path is None else f"read from {path}"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise VGGWeightsError(f"VGG19 weights could not be {source} ({reason}). {ways}") from error
