@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spade_fast import reference
+from spade_fast.labels.conditioning import ConstantsAndLabels, conditioning
 from spade_fast.labels.label_map import LabelMap
-from spade_fast.labels.map_scope import as_label_map, recognized
 from spade_fast.labels.pattern_tables import PatternTables
 from spade_fast.layers.as_built import changed_norm
 from spade_fast.layers.dense import dense_gamma_beta, merged_gamma_beta
@@ -20,6 +20,16 @@ from spade_fast.layers.normalization import Normalization, modulated, normalizat
 from spade_fast.layers.patches import by_pixel, few_repeats, hidden_of_patches, weight_table
 from spade_fast.ops.pattern_params import pattern_params
 
+__all__ = [
+    "ConstantsAndLabels",
+    "ModulationNetwork",
+    "Norm",
+    "conditioning",
+    "gamma_beta",
+    "is_native",
+    "positional_norm",
+    "spade",
+]
 EPS = 1e-5  # of the norms that are given by name
 Norm = str | Callable[[Tensor], Tensor] | None
 
@@ -92,14 +102,6 @@ class ModulationNetwork:
     def label_nc(self) -> int:
         """Channels of the map."""
         return self.shared_weight.shape[1]
-
-
-@dataclasses.dataclass
-class ConstantsAndLabels:
-    """A map whose first channels are constant in each image. Its other channels are one-hot, without edges."""
-
-    constants: Tensor  # [N, number of constant channels]
-    labels: LabelMap
 
 
 @dataclasses.dataclass
@@ -187,41 +189,6 @@ def positional_norm(x: Tensor) -> Tensor:
     """
     variance, mean = torch.var_mean(x, dim=1, keepdim=True)
     return (x - mean) / torch.sqrt(variance + EPS)
-
-
-def conditioning(labels: LabelMap | Tensor) -> LabelMap | ConstantsAndLabels | Tensor:
-    """What a map stands for: a LabelMap, a LabelMap behind constant channels, or itself.
-
-    Args:
-        labels: LabelMap, or a map [N, L, h, w].
-    """
-    label_map = as_label_map(labels)
-    if isinstance(label_map, LabelMap) or isinstance(labels, LabelMap):
-        return label_map
-    if labels.requires_grad or labels.is_meta or torch.compiler.is_compiling() or not labels.is_floating_point():
-        return labels
-    found = recognized(labels, _behind_constants)
-    return labels if found is None else found
-
-
-def _behind_constants(labels: Tensor) -> ConstantsAndLabels | None:
-    if labels.dim() != 4 or labels.numel() == 0:
-        return None
-    values = labels.detach()
-    if not bool((values[:, :1] == values[:, :1, :1, :1]).all()):
-        return None
-    constant = (values == values[:, :, :1, :1]).all(3).all(2).all(0)
-    count = int(constant.to(torch.uint8).cummin(0).values.sum())
-    # A label that no image has, or that every pixel of an image has, is constant too. Channels of 0 and 1 at the end of
-    # the constant ones belong to the labels.
-    first = values[:, :count, 0, 0]
-    plain = ((first == 0) | (first == 1)).all(0).tolist()
-    while count and plain[count - 1]:
-        count -= 1
-    if count == 0 or count == values.shape[1]:
-        return None
-    rest = LabelMap.from_segmap(values[:, count:])
-    return None if rest is None or rest.has_edges else ConstantsAndLabels(first[:, :count].clone(), rest)
 
 
 def _parameters(

@@ -16,6 +16,7 @@ from spade_fast.functional import (
     spade,
 )
 from spade_fast.labels.map_scope import map_scope, recognized
+from spade_fast.layers import dense
 
 LABELS, HIDDEN, CHANNELS = 5, 8, 6
 
@@ -260,3 +261,15 @@ def test_a_convolution_after_the_instance_norm():
         if cells == 2:
             out = spade(x, onehot, network)
             torch.testing.assert_close(out, x * want[0] + want[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
+def test_a_dense_map_smaller_than_x_takes_the_layers_own_path(monkeypatch, slope):
+    """The map's own size, with the formula's values; biases may be missing."""
+    monkeypatch.setattr(dense, "FEWEST_PIXELS", 0)
+    calls, original = [], dense.hidden_of_blocks
+    monkeypatch.setattr(dense, "hidden_of_blocks", lambda *args: calls.append(args) or original(*args))
+    net, labels = network(hidden_slope=slope, biases=slope == 0.0), maps("dense", size=(4, 5))
+    pair, want = gamma_beta(labels, net, (16, 20)), plain_gamma_beta(labels, net, (16, 20))
+    assert len(calls) == 1
+    torch.testing.assert_close(pair, tuple(want), rtol=1e-10, atol=1e-10)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from spade_fast.layers import SPADEResnetBlock
+from spade_fast.layers import FusedSPADE, SPADEResnetBlock
 from spade_fast.models import SPADEGenerator
 from spade_fast.reference import SPADE, InstanceNorm2d
 
@@ -200,3 +200,42 @@ def test_a_plain_generator_of_one_image_in_channels_last_memory():
         net.zero_grad()
     for name, want in grads[0].items():
         torch.testing.assert_close(grads[1][name], want, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("layer", [SPADE, FusedSPADE])
+@pytest.mark.parametrize(
+    ("text", "norm", "kernel_size"),
+    [("spadesyncbatch3x3", "syncbatch", 3), ("spadebatch5x5", "batch", 5), ("spadeinstance1x1", "instance", 1)],
+)
+def test_the_authors_signature(layer, text, norm, kernel_size):
+    """(config_text, norm_nc, label_nc), by position and by name."""
+    torch.manual_seed(0)
+    want = layer(6, 4, norm, kernel_size)
+    x, segmap = torch.randn(2, 6, 5, 7), torch.randn(2, 4, 5, 7)
+    ways = (
+        lambda: layer(text, 6, 4),
+        lambda: layer(text, norm_nc=6, label_nc=4),
+        lambda: layer(config_text=text, norm_nc=6, label_nc=4),
+    )
+    for build in ways:
+        torch.manual_seed(0)
+        built = build()
+        assert type(built.param_free_norm) is type(want.param_free_norm)
+        assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in want.state_dict().items()}
+        torch.testing.assert_close(built(x, segmap), want(x, segmap), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer", [SPADE, FusedSPADE])
+@pytest.mark.parametrize("text", ["spectralspadebatch3x3", "spadegroup3x3", "spadebatch7x7", "spadebatch", "batch3x3"])
+def test_a_config_text_that_is_not_understood_is_refused_by_name(layer, text):
+    message = rf"spade, then a norm \(syncbatch, batch, .*\), then a kernel \(1x1, 3x3, 5x5\).* got '{text}'"
+    with pytest.raises(ValueError, match=message):
+        layer(text, 6, 4)
+
+
+@pytest.mark.parametrize("layer", [SPADE, FusedSPADE])
+def test_a_config_text_leaves_no_other_option(layer):
+    with pytest.raises(TypeError, match="kernel_size"):
+        layer("spadebatch3x3", 6, 4, kernel_size=5)
+    with pytest.raises(TypeError, match="label_nc"):
+        layer("spadebatch3x3", 6)

@@ -102,3 +102,26 @@ def test_an_old_name_in_a_new_process():
     code = "from spade_fast.checkpoint import load_generator; import spade_fast; print(load_generator.__module__)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == spade_fast.load_generator.__module__ == "spade_fast.models.checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("home", "old", "new"),
+    [
+        ("labels.pattern_tables", "Patterns", "labels.pattern_tables.PatternTables"),
+        ("layers.spade", "SPADEResnetBlock", "layers.block.SPADEResnetBlock"),
+        ("layers.spade", "SLOPE", "layers.plain.SLOPE"),
+        ("layers.spade", "DENSE_ABOVE", "layers.patches.DENSE_ABOVE"),
+        ("layers.spade", "recognize", "labels.map_scope.as_label_map"),
+        ("layers.spade", "recomputing", "layers.normalization.recomputing"),
+    ],
+)
+def test_old_attributes_give_the_new_ones(home, old, new):
+    module, _, name = f"spade_fast.{new}".rpartition(".")
+    with pytest.warns(FutureWarning, match=rf"spade_fast\.{home}\.{old} is now spade_fast\.{new}"):
+        found = getattr(importlib.import_module(f"spade_fast.{home}"), old)
+    assert found is getattr(importlib.import_module(module), name)
+
+
+def test_an_unknown_attribute_is_named():
+    with pytest.raises(AttributeError, match=r"'spade_fast\.layers\.spade' has no attribute 'Spade'"):
+        importlib.import_module("spade_fast.layers.spade").Spade  # noqa: B018

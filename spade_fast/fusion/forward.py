@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from spade_fast import reference
-from spade_fast.functional import conditioning, gamma_beta, spade
+from spade_fast.functional import gamma_beta, spade
 from spade_fast.fusion.structure import Structure
+from spade_fast.labels.conditioning import conditioning
 from spade_fast.labels.label_map import LabelMap
 from spade_fast.labels.map_scope import map_scope
 

@@ -283,3 +283,12 @@ def test_workers_do_not_import_the_compiler():
 
 def test_repr():
     assert repr(make(2)) == "LabelMap([2, 9, 11], num_classes=3, edges, device=cpu)"
+
+
+def test_the_earlier_name_of_labels():
+    ids = torch.tensor([[[0, 1], [2, 1]]])
+    with pytest.warns(FutureWarning, match="ids= is now labels="):
+        labels = LabelMap(ids=ids, num_classes=3)
+    assert torch.equal(labels.codes, LabelMap(labels=ids, num_classes=3).codes)
+    with pytest.warns(FutureWarning, match=r"LabelMap\.ids is now LabelMap\.labels"):
+        assert torch.equal(labels.ids, ids.int())

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from spade_fast import LabelMap
+from spade_fast import FusedSPADE, LabelMap, set_process_group
 from spade_fast.layers import SPADEResnetBlock, sync
 from spade_fast.models import SPADEGenerator
 from spade_fast.ops.normalization_gradient import normalization_gradient
@@ -259,3 +259,22 @@ def test_normalization_gradient(backend, layout, dtype):
     # One rounding to dtype, and two in the accumulation of terms of up to 4 · 4.
     bound = torch.finfo(dtype).eps * expected.abs() + 4 * torch.finfo(acc).eps * 16
     assert ((dx.double() - expected).abs() <= bound).all()
+
+
+def test_choosing_processes_leaves_other_modules_alone():
+    """SyncBatchNorm and wrappers of other packages have a process_group of their own."""
+    other = torch.nn.SyncBatchNorm(3)
+    other.process_group = "theirs"
+    net = torch.nn.Sequential(FusedSPADE(3, 2), other)
+
+    class Group:
+        group_name = "ours"
+
+        @staticmethod
+        def size():
+            return 2
+
+    set_process_group(net, Group())
+    assert net[0].process_group == ("ours", 2) and other.process_group == "theirs"
+    set_process_group(net, None)
+    assert net[0].process_group is None and other.process_group == "theirs"

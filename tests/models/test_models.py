@@ -3,6 +3,7 @@
 
 import hashlib
 import math
+import warnings
 
 import pytest
 import torch
@@ -401,3 +402,32 @@ def test_vgg_weights_missing_or_wrong(tmp_path, monkeypatch):
     (tmp_path / "vgg19-dcbb9e9d.pth").rename(good)
     monkeypatch.setattr(vgg, "URL", good.as_uri())
     assert len(load_vgg19()(torch.zeros(1, 3, 16, 16))) == 5
+
+
+@pytest.mark.parametrize("way", ["a hook", "another class", "as built"])
+def test_recomputed_blocks_update_running_statistics_once(way):
+    """Of norms that run through their own forward, too."""
+
+    class Counting(nn.BatchNorm2d):
+        pass
+
+    states = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        net = SPADEGenerator(3, ngf=1, crop_size=32).double()
+        norm = net.up_1.norm_0.param_free_norm
+        if way == "a hook":
+            norm.register_forward_hook(lambda module, args, out: None)
+        elif way == "another class":
+            net.up_1.norm_0.param_free_norm = Counting(norm.num_features, affine=False).double()
+        net.checkpoint_blocks = checkpointed
+        labels = LabelMap(torch.arange(64 * 2).view(2, 8, 8).remainder(3), 3)
+        labels = LabelMap.from_codes(labels.resized(32, 32), 3, False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the norm runs through its own forward
+            net(labels).square().sum().backward()
+        states.append((net.state_dict(), {name: p.grad for name, p in net.named_parameters()}))
+    assert states[0][0]["up_1.norm_0.param_free_norm.num_batches_tracked"] == 1
+    for plain, recomputed in zip(*states, strict=True):
+        for name, value in plain.items():
+            torch.testing.assert_close(recomputed[name], value, rtol=1e-12, atol=1e-12, msg=name)
