@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from spade_fast.files import program
 from spade_fast.train.config import TrainConfig, resolve_config
 from spade_fast.train.trainer import Trainer
 
@@ -28,7 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0 if the difference to the true images has at least halved.
     """
-    parser = argparse.ArgumentParser(prog="python -m spade_fast.quickstart", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=program("quickstart"),
+        description="Trains on procedural landscapes for a few minutes and shows what came out.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--minutes", type=float, default=4.0, help="minutes of training (default: 4)")
     parser.add_argument("--crop-size", type=int, default=64, help="size of the images (default: 64)")
     parser.add_argument("--out", type=Path, help="new directory for the run (default: a new one below runs/)")

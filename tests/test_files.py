@@ -203,7 +203,9 @@ OURS = {"format": "spade_fast.checkpoint/1"}
 )
 def test_a_checkpoint_that_holds_something_else(tmp_path, capsys, held):
     torch.save(held, tmp_path / "a.pth")
-    arguments = ["--checkpoint", str(tmp_path / "a.pth"), "--label-dir", "x", "--out", str(tmp_path / "o")]
+    Image.new("L", (32, 32)).save(tmp_path / "label.png")
+    arguments = ["--checkpoint", str(tmp_path / "a.pth"), "--label-dir", str(tmp_path), "--out", str(tmp_path / "o")]
+    arguments += ["--num-classes", "1"]
     assert synthesize(arguments) == 1
     assert last_line(capsys).startswith(f"error: {tmp_path}/a.pth ")
     with pytest.raises(VGGWeightsError, match="is not torchvision's VGG19"):

@@ -20,7 +20,7 @@ FLOORS = [  # a module imports from its own room and from lower floors
     {"labels"},
     {"layers"},
     {"functional", "models"},
-    {"fusion", "train"},
+    {"fusion", "image_sizes", "train"},
     {"spade_fast"},
     {"info", "quickstart", "synthesize", "__main__"},
 ]

@@ -8,7 +8,7 @@ import sys
 
 from spade_fast.cli import ConfigError, add_options, parse
 from spade_fast.data import PHASES, check
-from spade_fast.files import run_command
+from spade_fast.files import program, run_command
 from spade_fast.train.config import TrainConfig, merge, read_file
 
 
@@ -19,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0 without faults, 1 with.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m spade_fast.data check",
-        usage="python -m spade_fast.data check [--dataset NAME | --preset NAME] [options]",
+        prog=program("data check"),
+        usage="%(prog)s [--dataset NAME | --preset NAME] [options]",
         description="Reads every file of a dataset and lists every fault. Takes the options of training.",
         allow_abbrev=False,
     )

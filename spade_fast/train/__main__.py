@@ -13,7 +13,7 @@ import sys
 from spade_fast.cli import ConfigError, add_options, parse
 from spade_fast.data import DataError
 from spade_fast.data.options import check_command
-from spade_fast.files import WriteError, one_line, run_command
+from spade_fast.files import WriteError, one_line, program, run_command
 from spade_fast.models import VGGWeightsError
 from spade_fast.models.checkpoint import CheckpointError
 from spade_fast.train.config import PATHS, TrainConfig, merge, read_file, read_run, resolve_config
@@ -42,8 +42,8 @@ examples:
 def parser() -> argparse.ArgumentParser:
     """The command line of training."""
     p = argparse.ArgumentParser(
-        prog="python -m spade_fast.train",
-        usage="python -m spade_fast.train [--dataset NAME | --preset NAME] [options]; see the examples at the end",
+        prog=program("train"),
+        usage="%(prog)s [--dataset NAME | --preset NAME] [options]; see the examples at the end",
         description="Trains a SPADE generator. Ctrl-C saves; --resume continues.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks import cuda_resources
-from spade_fast.native.build import csrc, find_nvcc
+from spade_fast.native.toolchain import csrc, find_nvcc
 
 ARCHS = list(cuda_resources.TARGETS)
 
@@ -22,14 +22,14 @@ def rows():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_spills(rows, arch):
     here = [row for row in rows if row["arch"] == arch]
-    sources = "".join(path.read_text() for path in csrc().glob("*.cu*"))
+    sources = "".join(path.read_text() for path in (csrc() / "cuda").glob("*.cu*"))
     assert {row["kernel"] for row in here} == set(re.findall(r"\b(\w+_kernel)\([^;{}]*\) \{", sources))
     assert not cuda_resources.faults(here)
 
 
 @pytest.mark.timeout(900)
 def test_enough_warps_to_hide_latency(rows):
-    """16 warps with two 16-byte loads each under way are 16 KiB a multiprocessor, half of what bandwidth needs."""
+    """16 warps with two 16-byte loads in flight are 16 KiB of a multiprocessor, half of what the bandwidth needs."""
     assert all(row["occupancy"] * cuda_resources.LIMITS[row["arch"]][0] >= 16 for row in rows)
 
 
