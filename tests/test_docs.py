@@ -157,6 +157,27 @@ def test_every_message_of_the_data_is_explained():
     assert not missing
 
 
+# Options
+
+PROGRAMS = ("spade_fast.train", "spade_fast.synthesize", "spade_fast.quickstart", "spade_fast.data check")
+OTHERS = {  # of pip, torchrun and pytest
+    *("--no-build-isolation", "--no-deps", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),
+    *("--benchmark-only", "--benchmark-json", "--benchmark-compare"),
+}
+
+
+def test_options_that_the_pages_name_exist():
+    known = set(OTHERS)
+    for program in PROGRAMS:
+        command = [sys.executable, "-m", *program.split(), "--help"]
+        known |= set(re.findall(r"--[a-z][a-z0-9-]+", subprocess.run(command, capture_output=True, text=True).stdout))
+    for path in (*(ROOT / "benchmarks").rglob("*.py"), *DOCS.glob("*.py"), *(ROOT / "tests" / "support").rglob("*.py")):
+        known |= set(re.findall(r"\"(--[a-z][a-z0-9-]+)\"", path.read_text()))
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")):
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", re.sub(r"<!--|-->", "", page.read_text())))
+        assert not named - known, f"{page.name} names {named - known}"
+
+
 # Backends
 
 
