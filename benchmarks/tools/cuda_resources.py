@@ -41,14 +41,17 @@ def occupancy(arch: int, registers: int, shared: int) -> float:
 
 
 def kernel_of(mangled: str) -> str | None:
-    """The kernel's name in a mangled name of namespace spade_fast, or None. Mangled, it is <length><name>."""
-    if "10spade_fast" not in mangled:
-        return None
-    for match in re.finditer(r"(?=(\d+)([a-z]\w*))", mangled):
-        name = match[2][: int(match[1])]
-        if len(name) == int(match[1]) and name.endswith("_kernel"):
-            return name
-    return None
+    """The kernel's name in a mangled name of namespace spade_fast, or None. A mangled name is _ZN<length><name>...
+
+    >>> kernel_of("_ZN10spade_fast12_GLOBAL__N_118embedding_x_kernelILi4EEEvv")
+    'embedding_x_kernel'
+    """
+    names, rest = [], mangled.removeprefix("_ZN")
+    while found := re.match(r"\d+", rest):
+        start, end = found.end(), found.end() + int(found[0])
+        names.append(rest[start:end])
+        rest = rest[end:]
+    return names[-1] if names[:1] == ["spade_fast"] and names[-1].endswith("_kernel") else None
 
 
 def parse(log: str, file: str) -> list[Row]:

@@ -41,6 +41,17 @@ def test_occupancy():
     assert cuda_resources.occupancy(120, 32, 32768) == 3 * 8 / 48
 
 
+def test_kernels_are_found_in_mangled_names():
+    """The compiler's own part of a name may hold digits and letters that look like a length and a name."""
+    file = "46_GLOBAL__N__56b2e74b_13_modulation_cu_8ba0f6e1"
+    assert cuda_resources.kernel_of(f"_ZN10spade_fast{file}22modulation_rows_kernelI6__halfLi8EEEvPT_") == (
+        "modulation_rows_kernel"
+    )
+    assert cuda_resources.kernel_of("_ZN3cub11EmptyKernelIvEEvv") is None
+    assert cuda_resources.kernel_of("_ZN3cub17DeviceScan_kernelIvEEvv") is None
+    assert cuda_resources.kernel_of("_ZN10spade_fast4dropEv") is None
+
+
 def test_faults_are_told():
     log = """ptxas info    : Compiling entry function '_ZN10spade_fast12_GLOBAL__N_118embedding_x_kernelILi4EEEvv' for 'sm_90a'
 ptxas info    : Function properties for _ZN10spade_fast12_GLOBAL__N_118embedding_x_kernelILi4EEEvv

@@ -81,3 +81,13 @@ def test_export_with_any_size():
     with torch.no_grad():
         made = exported(LabelMap(other, 4).one_hot(torch.float64))
     torch.testing.assert_close(made, image(network("reference"), other), rtol=1e-9, atol=1e-9)
+
+
+def test_a_compiled_generator_takes_maps_of_several_sizes():
+    net = network("fused")
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for size in ((64, 64), (64, 96)):
+            label_map = LabelMap(labels(*size), 4).one_hot(torch.float64)
+            assert torch.equal(compiled(label_map), net(label_map))
+            assert compiled(label_map).shape[2:] == size
