@@ -68,7 +68,7 @@ def count() -> dict:
         rows.append({"size": size, "pixels": size * size, "hidden": hidden, "patterns": patterns})
         shares = [distinct(m, size)[1].max() + 1 for m in maps]
         means.append({"size": size, "patterns_per_pixel": float(np.mean(shares)) / size**2})
-    return {"stamp": stamp(), "labels": source, "maps": len(maps), "picture": rows, "mean": means}
+    return {"stamp": stamp(), "labels": source.rpartition("/")[2], "maps": len(maps), "picture": rows, "mean": means}
 
 
 def colors_of(labels: LabelMap) -> np.ndarray:

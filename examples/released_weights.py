@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         weights = args.weights or stand_in(folder)
-        # Label channels and width are read from the tensors. They do not tell the size and the upsampling layers.
-        generator = load_generator(weights, crop_size=256, num_upsampling_layers="normal")
+        # Label channels and width are read from the tensors. The preset tells the size and the upsampling layers.
+        generator = load_generator(weights, preset="coco")
     generator.freeze()
     with torch.inference_mode():
         image = generator(label_map(args.labels))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import spade_fast
 from benchmarks.readme import read
 from docs import make_backends, make_pictures
 from spade_fast import FusedSPADE, LabelMap, use_backend
@@ -61,14 +62,11 @@ def test_the_site_holds_the_results_that_its_figures_name(site):
 
 
 def test_public_names_are_in_the_api_reference(site):
-    import spade_fast
 
     anchors = {
         a for page in (site / "api").rglob("*.html") for a in re.findall(r"id=\"(spade_fast[\w.]+)\"", page.read_text())
     }
-    leaves = {a.rpartition(".")[2] for a in anchors}
-    assert {name for name in spade_fast.__all__ if name not in ("__version__", "use_backend")} <= leaves
-    assert "spade_fast.ops._backend.use" in anchors
+    assert {f"spade_fast.{name}" for name in spade_fast.__all__ if name != "__version__"} <= anchors
 
 
 def test_every_training_option_is_listed(site):
@@ -155,6 +153,27 @@ def test_every_message_of_the_data_is_explained():
     told = [text for text in told if re.search("[a-z]{3}", text)]  # not what is filled in altogether
     missing = [text for text in told if not any(message in text for message in explained)]
     assert not missing
+
+
+# Options
+
+PROGRAMS = ("spade_fast.train", "spade_fast.synthesize", "spade_fast.quickstart", "spade_fast.data check")
+OTHERS = {  # of pip, torchrun and pytest
+    *("--no-build-isolation", "--no-deps", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"),
+    *("--benchmark-only", "--benchmark-json", "--benchmark-compare"),
+}
+
+
+def test_options_that_the_pages_name_exist():
+    known = set(OTHERS)
+    for program in PROGRAMS:
+        command = [sys.executable, "-m", *program.split(), "--help"]
+        known |= set(re.findall(r"--[a-z][a-z0-9-]+", subprocess.run(command, capture_output=True, text=True).stdout))
+    for path in (*(ROOT / "benchmarks").rglob("*.py"), *DOCS.glob("*.py"), *(ROOT / "tests" / "support").rglob("*.py")):
+        known |= set(re.findall(r"\"(--[a-z][a-z0-9-]+)\"", path.read_text()))
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")):
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", re.sub(r"<!--|-->", "", page.read_text())))
+        assert not named - known, f"{page.name} names {named - known}"
 
 
 # Backends
