@@ -210,7 +210,8 @@ class FusedSPADE(nn.Module):
         if why not in self._warned and not torch.compiler.is_compiling():
             self._warned.add(why)
             warnings.warn(
-                f"FusedSPADE: {why}; it runs through its own forward, which is right but not as fast", stacklevel=4
+                f"FusedSPADE: {why}; it runs through its own forward, which is right but not as fast",
+                stacklevel=7,  # the caller of the layer, above the two frames of torch.nn.Module
             )
 
 

@@ -122,7 +122,7 @@ class SPADEGenerator(nn.Module):
         def block(fin: int, fout: int) -> SPADEResnetBlock:
             return SPADEResnetBlock(fin, fout, label_nc, norm, kernel_size, spade, spectral_norm)
 
-        self.fc: nn.Module
+        self.fc: nn.Conv2d | nn.Linear
         if z_dim is None:
             self.fc = nn.Conv2d(label_nc, 16 * ngf, 3, padding=1)
         else:
