@@ -66,11 +66,6 @@ def layout_of(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if x.shape[1] > 1 and x.stride(1) == 1 else torch.contiguous_format
 
 
-def param_strides(params: torch.Tensor) -> tuple[int, int, int, int]:
-    """(n or row, channel, h, w) strides of pattern rows [P, 2C] or dense parameters [N, 2C, Ho, Wo]."""
-    return params.stride() if params.dim() == 4 else (*params.stride(), 0, 0)
-
-
 def grid_of(n: int, hw: int, c: int, block: int):
     """Grid of a tuned kernel: tiles of the pixels of every image × blocks of channels."""
     return lambda meta: (n * triton.cdiv(hw, meta["TILE"] // block), triton.cdiv(c, block))
@@ -87,25 +82,43 @@ def pixel_tile(pid, HW, W, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_norm(mean, rstd, group, cols, col_mask, C: tl.constexpr, NORM: tl.constexpr):
-    """mean, rstd [BLOCK_C] of a group, or 0 and 1."""
-    if NORM:
-        m = tl.load(mean + group * C + cols, mask=col_mask, other=0.0)
-        r = tl.load(rstd + group * C + cols, mask=col_mask, other=0.0)
-    else:
-        m = tl.zeros(cols.shape, tl.float32)
-        r = m + 1.0
-    return m, r
+def place(t, strides, n, y, x, cols):
+    """Addresses [ROWS, BLOCK_C] of channels cols [BLOCK_C] at pixels (n, y, x) [ROWS] of t; strides: (n, c, h, w)."""
+    at = n * strides[0] + y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
+    return t + at[:, None] + (cols.to(tl.int64) * strides[1])[None, :]
 
 
 @triton.jit
-def load_params(params, pattern, n, oy, ox, cols, mask, spn, spc, sph, spw, C: tl.constexpr, DENSE: tl.constexpr):
-    """gamma, beta fp32 [ROWS, BLOCK_C]: from rows [P, 2C] by pattern, or from dense [N, 2C, Ho, Wo]."""
-    if DENSE:  # noqa: SIM108 (a compile-time branch)
-        at = n * spn + oy.to(tl.int64) * sph + ox.to(tl.int64) * spw
+def load_norm(mean, rstd, group, cols, col_mask, C: tl.constexpr):
+    """mean, rstd [BLOCK_C] of a group; 0 and 1 where mean is None."""
+    if mean is not None:
+        center = tl.load(mean + group * C + cols, mask=col_mask, other=0.0)
+        scale = tl.load(rstd + group * C + cols, mask=col_mask, other=0.0)
     else:
-        at = pattern.to(tl.int64) * spn
-    ptr = params + at[:, None] + (cols.to(tl.int64) * spc)[None, :]
-    gamma = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
-    beta = tl.load(ptr + C * spc, mask=mask, other=0.0).to(tl.float32)
+        center = tl.zeros(cols.shape, tl.float32)
+        scale = center + 1.0
+    return center, scale
+
+
+@triton.jit
+def load_pattern(pattern_ids, n, y, x, HW_OUT, W_OUT, row_mask, mask):
+    """Pattern [ROWS] of each output pixel and the mask of its parameters; without pattern_ids: any number, and mask."""
+    if pattern_ids is None:
+        pattern = y
+        known = mask
+    else:
+        pattern = tl.load(pattern_ids + n * HW_OUT + y * W_OUT + x, mask=row_mask, other=-1)
+        known = mask & (pattern >= 0)[:, None]
+    return pattern, known
+
+
+@triton.jit
+def load_params(params, strides, pattern, n, y, x, cols, mask, C: tl.constexpr, DENSE: tl.constexpr):
+    """gamma, beta fp32 [ROWS, BLOCK_C]: from rows [P, 2C] by pattern, or from dense [N, 2C, Ho, Wo]."""
+    if DENSE:
+        at = place(params, strides, n, y, x, cols)
+    else:
+        at = params + (pattern.to(tl.int64) * strides[0])[:, None] + (cols.to(tl.int64) * strides[1])[None, :]
+    gamma = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    beta = tl.load(at + C * strides[1], mask=mask, other=0.0).to(tl.float32)
     return gamma, beta

@@ -63,10 +63,6 @@ def embedding_sum(
     table: torch.Tensor, bias: torch.Tensor | None, codes: torch.Tensor, edges: bool, relu: bool
 ) -> torch.Tensor:
     """table [T,L,Hd] of any strides, codes int32 [Q,T] -> [Q,Hd] in table's dtype, summed in fp32."""
-    if table.dtype == torch.float64:
-        from spade_fast.ops.embedding_sum import embedding_sum_torch
-
-        return embedding_sum_torch(table, bias, codes, edges, relu)
     taps, num_rows, width = table.shape
     q = codes.shape[0]
     out = torch.empty(q, width, dtype=table.dtype, device=table.device)
@@ -94,10 +90,6 @@ def embedding_sum_backward(
     dout: torch.Tensor, out: torch.Tensor, codes: torch.Tensor, num_rows: int, edges: bool, relu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dout, out [Q,Hd], codes [Q,T] -> (dtable [T,num_rows,Hd], dbias [Hd]) in dout's dtype. Deterministic."""
-    if dout.dtype == torch.float64:
-        from spade_fast.ops.embedding_sum import embedding_sum_backward_torch
-
-        return embedding_sum_backward_torch(dout, out, codes, num_rows, edges, relu)
     taps, width = codes.shape[1], dout.shape[1]
     if relu:
         dout = torch.where(out > 0, dout, 0)

@@ -147,10 +147,6 @@ def label_conv(
     pooled: bool = False,
 ) -> torch.Tensor:
     """codes int32 [N,H,W], table [k·k,L,O] of any strides -> [N,O,Ho,Wo] in channels-last memory, table's dtype."""
-    if table.dtype == torch.float64:
-        from spade_fast.ops.label_conv import label_conv_torch
-
-        return label_conv_torch(codes, table, bias, edges, kernel_size, stride, padding, pooled)
     n, h, w = codes.shape
     num_rows, width = table.shape[1:]
     h_in, w_in = _input_size(h, w, pooled)
@@ -181,10 +177,6 @@ def label_conv_backward(
     pooled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dout [N,O,Ho,Wo] -> (dtable [k·k,num_rows,O], dbias [O]) in dout's dtype, by pixels sorted by label."""
-    if dout.dtype == torch.float64:
-        from spade_fast.ops.label_conv import label_conv_backward_torch
-
-        return label_conv_backward_torch(dout, codes, num_rows, edges, kernel_size, stride, padding, pooled)
     width, (ho, wo), (_, h, w), taps = dout.shape[1], dout.shape[2:], codes.shape, kernel_size * kernel_size
     dbias = dout.sum((0, 2, 3), dtype=torch.float32).to(dout.dtype)
     dtable = torch.zeros(taps, num_rows, width, dtype=torch.float32, device=dout.device)

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 import triton
 import triton.language as tl
 
 from .common import autotune, on_device
 from .embedding_sum import embedding_sum
-from .segments import segment_sum
+from .segments import segment_sum, segments
 
 # What a GPU does while it moves a byte of gathered rows (H200 data sheet: about 3 TB/s out of L2 and memory; half
 # precision 500, TF32 250, fp32 40 TFLOP/s reached by a GEMM). Only these ratios matter, to choose the method.
@@ -80,10 +78,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def choose_method(num_hidden: int, num_patterns: int, taps: int, width: int, channels: int, dtype: torch.dtype) -> str:
-    """ "gather" or "factored", by counted arithmetic and moved bytes; `ops.pattern_params.forced_method` overrides."""
-    op = importlib.import_module("spade_fast.ops.pattern_params")  # the package's attribute of that name is the op
-    if op.forced_method is not None:
-        return op.forced_method
+    """The cheaper of "gather" and "factored", by counted arithmetic and moved bytes."""
     flops = 4.0 * taps * width * channels  # of one row through both weights
     moved = 2.0 * taps * channels * dtype.itemsize  # of one row of the factored table
     rate = FLOPS_PER_BYTE[_precision(dtype)]
@@ -107,10 +102,6 @@ def pattern_params(
     tap_offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """a [Q,Hd], taps int32 [P,T], weights [C,Hd,k,k] -> params [P,2C] = [gamma | beta] in a's dtype."""
-    if a.dtype == torch.float64:
-        from spade_fast.ops.pattern_params import pattern_params_torch
-
-        return pattern_params_torch(a, taps, w_gamma, b_gamma, w_beta, b_beta, tap_order, tap_offsets)
     (q, width), (p, t), c = a.shape, taps.shape, w_gamma.shape[0]
     out = torch.empty(p, 2 * c, dtype=a.dtype, device=a.device)
     if out.numel() == 0:
@@ -142,14 +133,10 @@ def pattern_params_backward(
     tap_offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(da, dw_gamma, db_gamma, dw_beta, db_beta): sums of dparams by (hidden row, tap), then two GEMMs."""
-    from spade_fast.ops.pattern_params import pattern_params_backward_torch, tap_segments
-
-    if a.dtype == torch.float64:
-        return pattern_params_backward_torch(dparams, a, taps, w_gamma, w_beta, tap_order, tap_offsets)
     (q, width), (_, t), (c, _, k, _) = a.shape, taps.shape, w_gamma.shape
-    if tap_order is None or tap_offsets is None:
-        tap_order, tap_offsets = tap_segments(taps, q)
     keys = torch.where(taps < 0, -1, taps * t + torch.arange(t, dtype=taps.dtype, device=taps.device))
+    if tap_order is None or tap_offsets is None:
+        tap_order, tap_offsets = segments(keys, q * t)
     # [Q, T·2C], of every (hidden row, tap) the sum of the dparams it had a part in
     sums = segment_sum(dparams, keys.view(-1), tap_order, tap_offsets, per_row=t, dtype=a.dtype).view(q, t * 2 * c)
     merged = torch.cat([_matrix(w_gamma, a.dtype), _matrix(w_beta, a.dtype)]).transpose(0, 1).reshape(t * 2 * c, width)

@@ -97,10 +97,6 @@ def _merge_kernel(
 
 def statistics(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """x [N,C,H,W] -> (mean, m2), fp32 [G,C], G = N if per_sample else 1."""
-    if x.dtype == torch.float64:
-        from spade_fast.ops.statistics import statistics_torch
-
-        return statistics_torch(x, per_sample)
     n, c, h, w = x.shape
     hw, groups = h * w, n if per_sample else 1
     if x.numel() == 0:

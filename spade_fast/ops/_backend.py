@@ -134,7 +134,8 @@ def implementation(op: str, torch_function: Callable, device: torch.device, modu
     if name == "torch":
         return torch_function
     if name == "triton":
-        return getattr(importlib.import_module(f"spade_fast.kernels.{module or op}"), op)
+        kernel = getattr(importlib.import_module(f"spade_fast.kernels.{module or op}"), op)
+        return without_float64(kernel, torch_function)
     native = getattr(torch.ops.spade_fast_native, op).default
     return native if name == "cpp" else without_float64(native, torch_function)
 

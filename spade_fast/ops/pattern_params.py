@@ -13,16 +13,12 @@ from spade_fast.ops.segments import segments
 # Measured on 2 AVX-512 cores: fp32 GEMM 300 GFLOP/s, gathered or bag-summed rows 25 GB/s. Only the ratio matters.
 FLOPS_PER_BYTE = 12.0
 FLOPS_PER_CALL = 4e6  # what starting one more small GEMM costs
-METHODS = ("gather", "factored")
-forced_method: str | None = None  # for tests and measurements
 _SLICE = 2**22  # elements of the factored method's temporaries
 _CHUNK = 2048  # patterns a GEMM, so that the gathered rows stay in cache
 
 
 def choose_method(num_hidden: int, num_patterns: int, taps: int, width: int, channels: int) -> str:
     """gather: P·T·Hd·2C multiply-adds on gathered rows. factored: Q·T·Hd·2C, then a gather-sum of P·T rows of 2C."""
-    if forced_method is not None:
-        return forced_method
     flops = 4.0 * taps * width * channels
     gather = num_patterns * (flops + FLOPS_PER_BYTE * 4 * taps * width)
     factored = num_hidden * flops + num_patterns * FLOPS_PER_BYTE * 8 * taps * channels + 2 * taps * FLOPS_PER_CALL

@@ -221,7 +221,7 @@ def test_label_conv_in_many_tiles(small_tiles, pooled):
 @pytest.mark.parametrize(("width", "channels"), [(64, 70), (20, 5)])  # K steps whole and partial, two column blocks
 def test_gather_gemm(monkeypatch, config, dtype, width, channels):
     use_config(monkeypatch, pattern_params._gather_gemm, config)
-    monkeypatch.setattr(importlib.import_module("spade_fast.ops.pattern_params"), "forced_method", "gather")
+    monkeypatch.setattr(pattern_params, "choose_method", lambda *sizes: "gather")
     a = random(30, width, dtype=dtype)
     taps = torch.randint(-1, 30, (150, 9), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     weights = [random(channels, width, 3, 3, dtype=dtype, seed=s, channels_last=True) for s in (2, 3)]
@@ -245,7 +245,7 @@ def test_configs_give_equal_bits(monkeypatch, name):
     run = {
         "modulation": lambda: modulation.modulation(*arguments)[1],
         "modulation_backward": lambda: modulation_backward.input_gradient(
-            [x, x], x, None, None, params, codes, None, [0.2, 1.0], 1
+            modulation_backward.outputs_of([x, x], params, [0.2, 1.0]), x, None, None, codes, None, 1
         ),
         "embedding_sum": lambda: embedding_sum.embedding_sum(
             random(9, 8, 40), None, codes.view(-1)[:900].view(-1, 9), False, True
