@@ -82,10 +82,10 @@ def pixel_tile(pid, HW, W, ROWS: tl.constexpr):
 
 
 @triton.jit
-def place(t, strides, n, y, x, cols):
-    """Addresses [ROWS, BLOCK_C] of channels cols [BLOCK_C] at pixels (n, y, x) [ROWS] of t; strides: (n, c, h, w)."""
+def place(strides, n, y, x, cols):
+    """Offsets [ROWS, BLOCK_C] of channels cols [BLOCK_C] at pixels (n, y, x) [ROWS]; strides: those of (n, c, h, w)."""
     at = n * strides[0] + y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
-    return t + at[:, None] + (cols.to(tl.int64) * strides[1])[None, :]
+    return at[:, None] + (cols.to(tl.int64) * strides[1])[None, :]
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def load_pattern(pattern_ids, n, y, x, HW_OUT, W_OUT, row_mask, mask):
 def load_params(params, strides, pattern, n, y, x, cols, mask, C: tl.constexpr, DENSE: tl.constexpr):
     """gamma, beta fp32 [ROWS, BLOCK_C]: from rows [P, 2C] by pattern, or from dense [N, 2C, Ho, Wo]."""
     if DENSE:
-        at = place(params, strides, n, y, x, cols)
+        at = params + place(strides, n, y, x, cols)
     else:
         at = params + (pattern.to(tl.int64) * strides[0])[:, None] + (cols.to(tl.int64) * strides[1])[None, :]
     gamma = tl.load(at, mask=mask, other=0.0).to(tl.float32)

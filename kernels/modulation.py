@@ -55,7 +55,7 @@ def _forward_kernel(
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     col_mask = cols < C
     mask = row_mask[:, None] & col_mask[None, :]
-    xhat = tl.load(place(x, x_strides, n, y, xx, cols), mask=mask, other=0.0).to(tl.float32)
+    xhat = tl.load(x + place(x_strides, n, y, xx, cols), mask=mask, other=0.0).to(tl.float32)
     if mean is not None:
         center, scale = load_norm(mean, rstd, n * group_step, cols, col_mask, C)
         xhat = (xhat - center[None, :]) * scale[None, :]
@@ -63,12 +63,12 @@ def _forward_kernel(
         oy = y * UP + k // UP
         ox = xx * UP + k % UP
         pattern, known = load_pattern(pattern_ids, n, oy, ox, HW * UP * UP, W * UP, row_mask, mask)
+        at = place(out_strides, n, oy, ox, cols)
         for m in tl.static_range(M):
             params, strides = outputs[m].params, outputs[m].params_strides
             gamma, beta = load_params(params, strides, pattern, n, oy, ox, cols, known, C, DENSE)
             z = xhat * (1.0 + gamma) + beta
-            out = place(outputs[m].out, out_strides, n, oy, ox, cols)
-            tl.store(out, tl.where(z > 0, z, z * outputs[m].slope), mask=mask)
+            tl.store(outputs[m].out + at, tl.where(z > 0, z, z * outputs[m].slope), mask=mask)
 
 
 _forward = autotune(TILES, key=["C", "M", "UP", "DENSE", "BLOCK_C"])(_forward_kernel)

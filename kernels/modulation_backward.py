@@ -58,7 +58,7 @@ def _gate(dout, xhat, gamma, beta, slope):
 @triton.jit
 def _load_dz(output, xhat, pattern, n, y, x, cols, mask, known, C: tl.constexpr, DENSE: tl.constexpr):
     """dz of an output at pixels (n, y, x), and its gamma there."""
-    dout = tl.load(place(output.dout, output.dout_strides, n, y, x, cols), mask=mask, other=0.0).to(tl.float32)
+    dout = tl.load(output.dout + place(output.dout_strides, n, y, x, cols), mask=mask, other=0.0).to(tl.float32)
     gamma, beta = load_params(output.params, output.params_strides, pattern, n, y, x, cols, known, C, DENSE)
     return _gate(dout, xhat, gamma, beta, output.slope), gamma
 
@@ -72,7 +72,7 @@ def _add_pattern_sums(
     if ACT:
         dz, _ = _load_dz(output, xhat, key, n, y, x, cols, mask, mask, C, False)
     else:
-        dz = tl.load(place(output.dout, output.dout_strides, n, y, x, cols), mask=mask, other=0.0).to(tl.float32)
+        dz = tl.load(output.dout + place(output.dout_strides, n, y, x, cols), mask=mask, other=0.0).to(tl.float32)
     dgamma = segment_add(dz * xhat, dgamma, rows, key, head, end, slot, sums, scratch, 2 * C, cols, col_mask, R)
     dbeta = segment_add(dz, dbeta, rows, key, head, end, slot, sums, scratch, 2 * C, cols + C, col_mask, R)
     return dgamma, dbeta
@@ -107,7 +107,7 @@ def _pattern_sums_kernel(
         n = (entry // HW_OUT).to(tl.int64)
         y = (entry % HW_OUT) // W_OUT
         xx = entry % HW_OUT - y * W_OUT
-        xhat = tl.load(place(x, x_strides, n, y // UP, xx // UP, cols), mask=mask, other=0.0).to(tl.float32)
+        xhat = tl.load(x + place(x_strides, n, y // UP, xx // UP, cols), mask=mask, other=0.0).to(tl.float32)
         if mean is not None:
             at = (n * group_step)[:, None] * C + cols[None, :]
             shift = tl.load(mean + at, mask=mask, other=0.0)
@@ -180,16 +180,17 @@ def _dense_sums_kernel(
         mask = (p < hi)[:, None] & col_mask[None, :]
         y = p // W
         xx = p - y * W
-        xhat = tl.load(place(x, x_strides, n, y, xx, cols), mask=mask, other=0.0).to(tl.float32)
+        xhat = tl.load(x + place(x_strides, n, y, xx, cols), mask=mask, other=0.0).to(tl.float32)
         if mean is not None:
             xhat = tl.where(mask, (xhat - center[None, :]) * scale[None, :], 0.0)
         for k in range(UP * UP):  # not unrolled: four positions at once would cost the registers of four
             oy = y * UP + k // UP
             ox = xx * UP + k % UP
+            at = place(dparams_strides, n, oy, ox, cols)
             dxhat = tl.zeros(xhat.shape, tl.float32)
             for m in tl.static_range(M):
                 dz, gamma = _load_dz(outputs[m], xhat, oy, n, oy, ox, cols, mask, mask, C, True)
-                dgamma = place(dparams[m], dparams_strides, n, oy, ox, cols)
+                dgamma = dparams[m] + at
                 tl.store(dgamma, dz * xhat, mask=mask)
                 tl.store(dgamma + C * dparams_strides[1], dz, mask=mask)
                 dxhat += dz * (1.0 + gamma)
@@ -219,7 +220,7 @@ def _input_gradient_kernel(
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     col_mask = cols < C
     mask = row_mask[:, None] & col_mask[None, :]
-    xhat = tl.load(place(x, x_strides, n, y, xx, cols), mask=mask, other=0.0).to(tl.float32)
+    xhat = tl.load(x + place(x_strides, n, y, xx, cols), mask=mask, other=0.0).to(tl.float32)
     group = n * group_step
     center, scale = load_norm(mean, rstd, group, cols, col_mask, C)
     if mean is not None:
@@ -239,7 +240,7 @@ def _input_gradient_kernel(
         dxhat -= s1[None, :] + xhat * s2[None, :]
     if mean is not None:
         dxhat *= scale[None, :]
-    tl.store(place(dx, dx_strides, n, y, xx, cols), dxhat, mask=mask)
+    tl.store(dx + place(dx_strides, n, y, xx, cols), dxhat, mask=mask)
 
 
 # ptxas spills 8 bytes of 8 elements a thread with 4 warps (fp32, two outputs, ×2), for no lack of registers.
