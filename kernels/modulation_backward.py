@@ -186,11 +186,10 @@ def _dense_sums_kernel(
         for k in range(UP * UP):  # not unrolled: four positions at once would cost the registers of four
             oy = y * UP + k // UP
             ox = xx * UP + k % UP
-            at = place(dparams_strides, n, oy, ox, cols)
             dxhat = tl.zeros(xhat.shape, tl.float32)
             for m in tl.static_range(M):
                 dz, gamma = _load_dz(outputs[m], xhat, oy, n, oy, ox, cols, mask, mask, C, True)
-                dgamma = dparams[m] + at
+                dgamma = dparams[m] + place(dparams_strides, n, oy, ox, cols)
                 tl.store(dgamma, dz * xhat, mask=mask)
                 tl.store(dgamma + C * dparams_strides[1], dz, mask=mask)
                 dxhat += dz * (1.0 + gamma)
