@@ -26,9 +26,6 @@ from .common import (
     pixel_tile,
     place,
 )
-from .modulation_backward import modulation_backward
-
-__all__ = ["modulation", "modulation_backward"]
 
 
 class _Output(NamedTuple):

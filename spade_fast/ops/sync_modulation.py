@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from spade_fast.ops import _register
-from spade_fast.ops.modulation import check_arguments, modulation_backward_op, modulation_fake, modulation_op
+from spade_fast.ops.modulation import check_arguments, modulation_fake, modulation_op
+from spade_fast.ops.modulation_backward import modulation_backward_op
 from spade_fast.ops.normalization_gradient import normalization_gradient
 
 Group = tuple[str, int]  # name of a process group, as torch.ops._c10d_functional takes it, and its size
