@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense conditioning at LivePortrait's shapes, layer by layer and the whole decoder, against the plain layer:
-``python -m benchmarks.dense``.
+"""Dense conditioning at LivePortrait's shapes, each layer and the whole decoder: ``python -m benchmarks.dense``.
 
-The map has 256 channels at 64². Both layers run in both layouts of x and the map. Outputs and gradients are compared
-before anything is timed. `ratio` is plain over ours in one layout, `ratio_best` the faster plain over ours.
+The map has 256 channels at 64². The plain layer and ours run in both layouts of x and the map. Outputs and gradients
+are compared before anything is timed. `ratio` is the plain layer's time over ours in one layout. `ratio_best` is that
+of the plain layer in its faster layout.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
 
 
 def step(net: nn.Module, upstream: Tensor, *inputs: Tensor) -> list[Tensor]:
-    """The output and all gradients."""
+    """The output, and the gradients of the inputs and of the parameters."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     out = net(*leaves)
     return [out.detach(), *torch.autograd.grad(out, [*leaves, *net.parameters()], upstream)]
@@ -91,7 +92,7 @@ def infer(net: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 def timed(calls: dict[str, Callable[[], object]], seconds: float) -> dict:
-    """Milliseconds of each variant, and plain / ours: in each layout, and with the faster plain one."""
+    """Milliseconds of each variant, and the two ratios of ours in each layout."""
     times = interleave(calls, "cpu", seconds, rounds=(3, 30))
     best = min(times[f"plain {layout}"]["median_ms"] for layout in LAYOUTS)
     for layout in LAYOUTS:
@@ -110,7 +111,7 @@ def report(name: str, times: dict) -> None:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """Largest difference over the largest value, or infinity for what is not finite."""
+    """Largest difference over the largest value; infinity where a value is not finite."""
     worst = ((got.double() - want).abs().max() / want.abs().max()).item()
     return worst if worst == worst else float("inf")
 
@@ -121,18 +122,19 @@ def layer_case(channels: int, size: int, seconds: float) -> dict[str, dict]:
     ours.load_state_dict(plain.state_dict())
     x, segmap = torch.randn(1, channels, size, size), torch.randn(1, MAP[0], MAP[1], MAP[1])
     upstream = torch.randn_like(x)
-    forward, both = {}, {}
+    forward: dict[str, Callable[[], object]] = {}
+    both: dict[str, Callable[[], object]] = {}
     exact = step(copy.deepcopy(plain).double(), upstream.double(), x.double(), segmap.double())
     rounding = [error(got, want) for got, want in zip(step(plain, upstream, x, segmap), exact, strict=True)]
     for layout, memory_format in LAYOUTS.items():
         given = [t.contiguous(memory_format=memory_format) for t in (upstream, x, segmap)]
-        # Where a hidden value rounds across ReLU's kink, gradients differ in any float32 layer, the plain one too.
+        # A hidden value may round across ReLU's kink. Gradients then differ in any float32 layer, the plain one too.
         for i, (got, want) in enumerate(zip(step(ours, *given), exact, strict=True)):
             if not error(got, want) <= max(2 * rounding[i], 1e-4 if i == 0 else 2e-2):
                 raise RuntimeError(f"C{channels}@{size} {layout}, result {i}: not the plain layer's; nothing is timed")
         for name, net in (("plain", plain), ("ours", ours)):
-            forward[f"{name} {layout}"] = lambda net=net, given=given: infer(net, *given[1:])
-            both[f"{name} {layout}"] = lambda net=net, given=given: step(net, *given)
+            forward[f"{name} {layout}"] = partial(infer, net, *given[1:])
+            both[f"{name} {layout}"] = partial(step, net, *given)
     rows = {"forward": timed(forward, seconds), "forward+backward": timed(both, seconds)}
     for name, row in rows.items():
         report(f"C{channels}@{size} {name}", row)
@@ -145,12 +147,12 @@ def decoder_case(seconds: float) -> dict:
     ours.load_state_dict(plain.state_dict())
     feature = torch.randn(1, MAP[0], MAP[1], MAP[1])
     expected = infer(plain, feature)
-    calls = {}
+    calls: dict[str, Callable[[], object]] = {}
     for layout, memory_format in LAYOUTS.items():
         given = feature.contiguous(memory_format=memory_format)
         for name, net in (("plain", plain), ("ours", ours)):
             check(f"decoder {name} {layout}", infer(net, given), expected, 1e-4)
-            calls[f"{name} {layout}"] = lambda net=net, given=given: infer(net, given)
+            calls[f"{name} {layout}"] = partial(infer, net, given)
     row = timed(calls, seconds)
     report("decoder forward", row)
     return row

@@ -1,78 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The COCO-Stuff generator, fused against plain: ``python -m benchmarks.generator``.
 
-Baselines: the plain generator as the authors run it (NCHW), the same in channels-last memory, both compiled where the
-compiler works, and as the floor a generator whose gamma and beta are looked up by class (what CLADE costs; another
-function). "fused" is in channels-last memory and, for the forward, frozen, as served; "fused, as built" is neither.
-"fused, torch backend" needs no compiler. Forward builds the patterns anew each time. Ratios are of medians of
+Baselines are the plain generator as the authors run it (NCHW), the same in channels-last memory, and both compiled
+where the compiler works. "class table" looks gamma and beta up by class: a floor, and another function.
+
+"fused" is in channels-last memory and, for the forward, frozen as for serving. "fused, as built" is neither. "fused,
+torch backend" needs no compiler. Every forward finds the patterns of its label map. Ratios are of medians of
 interleaved rounds in one run.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.class_table import ClassLabels, replace_spade
-from benchmarks.common import (
-    TORCH,
-    check,
-    interleave,
-    label_maps,
-    on_backend,
-    saved_bytes,
-    stamp,
-    with_torch_spectral_norm,
-    write_json,
-)
+from benchmarks.cases.generator import PLAIN, build, forward, serve, train
+from benchmarks.common import check, full_precision, interleave, label_maps, saved_bytes, stamp, write_json
 from spade_fast import LabelMap
-from spade_fast.models import SPADEGenerator, init_weights
-
-AS_BUILT = "fused, as built"
-
-
-def build(device: str, ngf: int, crop: int) -> dict[str, nn.Module]:
-    """The same weights in every generator (but for the class table's)."""
-    torch.manual_seed(0)
-    plain = SPADEGenerator(184, ngf=ngf, crop_size=crop, spade="reference")
-    init_weights(plain, "glorot", gain=1.0)  # activations of order one, so that errors show
-    nets: dict[str, nn.Module] = {"plain NCHW": plain}
-    kinds = {"plain channels-last": "reference", "fused": "fused", AS_BUILT: "fused", "class table": "fused"}
-    for name, spade in kinds.items():
-        nets[name] = SPADEGenerator(184, ngf=ngf, crop_size=crop, spade=spade)
-        nets[name].load_state_dict(plain.state_dict())
-    for name in ("plain NCHW", "plain channels-last"):
-        with_torch_spectral_norm(nets[name])
-    for name in ("plain channels-last", "fused", "class table"):
-        nets[name].to(memory_format=torch.channels_last)
-    replace_spade(nets["class table"])
-    nets[TORCH] = nets["fused"]
-    return {name: net.to(device) for name, net in nets.items()}
-
-
-def forward(nets: dict[str, nn.Module], labels: LabelMap, amp: torch.dtype | None) -> dict:
-    """name -> call that makes the image. Plain networks get the one-hot map they need, made beforehand; the fused one a
-    map whose patterns are not found yet."""
-    dense = labels.one_hot()
-    dense_cl = dense.contiguous(memory_format=torch.channels_last)
-    parts = (labels.codes, labels.num_classes, labels.has_edges)
-    inputs = {
-        "plain NCHW": lambda: dense,
-        "plain channels-last": lambda: dense_cl,
-        "fused": lambda: LabelMap.from_codes(*parts),
-        AS_BUILT: lambda: LabelMap.from_codes(*parts),
-        TORCH: lambda: LabelMap.from_codes(*parts),
-        "class table": lambda: ClassLabels.from_codes(*parts),
-    }
-
-    def call(name: str, net: nn.Module) -> Tensor:
-        segmap = inputs[name.removeprefix("compiled ")]()
-        with on_backend(name), torch.autocast(labels.device.type, amp, enabled=amp is not None):
-            return net(segmap)
-
-    return {name: (lambda n=name, m=net: call(n, m)) for name, net in nets.items()}
 
 
 def ratios(times: dict[str, dict]) -> dict[str, float]:
@@ -83,29 +29,18 @@ def ratios(times: dict[str, dict]) -> dict[str, float]:
 def measure(options: argparse.Namespace) -> dict:
     device, amp = options.device, torch.bfloat16 if options.amp else None
     maps, source = label_maps(options.crop)
+    print(f"label maps: {source}")
     labels = LabelMap.cat([maps[i % len(maps)] for i in range(options.batch)]).to(device)
-    nets = build(device, options.ngf, options.crop)
-    if options.compile:
-        for name in ("plain NCHW", "plain channels-last"):
-            nets[f"compiled {name}"] = torch.compile(nets[name])
-    result: dict = {
-        "stamp": stamp(device),
-        "config": {
-            "ngf": options.ngf,
-            "crop": options.crop,
-            "batch": options.batch,
-            "amp": options.amp,
-            "labels": source,
-        },
-    }
-    bound = 2e-2 if options.amp else 1e-4
+    nets = build(device, options.ngf, options.crop, options.compile)
+    config = {name: getattr(options, name) for name in ("ngf", "crop", "batch", "amp")}
+    result: dict = {"stamp": stamp(device), "config": {**config, "labels": source}}
 
-    for name, net in nets.items():
-        net.freeze() if name in ("fused", "class table") else net.eval()
+    serve(nets)
     calls = forward(nets, labels, amp)
     with torch.no_grad():
-        expected = calls["plain NCHW"]()
-        result["forward_error"] = check("generator forward", calls["fused"](), expected, bound)
+        with full_precision():
+            expected, actual = calls[PLAIN[0]](), calls["fused"]()
+        result["forward_error"] = check("generator forward", actual, expected, 2e-2 if options.amp else 1e-4)
         times = interleave(calls, device, options.seconds)
     result["forward"] = {"times": times, "ratios": ratios(times)}
     report("forward", result["forward"])
@@ -113,20 +48,11 @@ def measure(options: argparse.Namespace) -> dict:
     for net in nets.values():
         net.train()
     gradient = torch.randn_like(expected)
-
-    def backward(name: str) -> None:
-        for p in nets[name].parameters():
-            p.grad = None
-        out = calls[name]()
-        with on_backend(name):
-            out.backward(gradient)
-
-    result["saved_bytes"] = {
-        name: saved_bytes(calls[name], nets[name].parameters()) for name in ("plain NCHW", "fused")
-    }
-    result["saved_bytes"]["ratio"] = round(result["saved_bytes"]["fused"] / result["saved_bytes"]["plain NCHW"], 4)
+    saved = {name: saved_bytes(calls[name], nets[name].parameters()) for name in (PLAIN[0], "fused")}
+    result["saved_bytes"] = {**saved, "ratio": round(saved["fused"] / saved[PLAIN[0]], 4)}
     print(f"saved for backward: {result['saved_bytes']}")
-    times = interleave({name: (lambda n=name: backward(n)) for name in nets}, device, options.seconds)
+    steps = {name: partial(train, net, calls[name], name, gradient) for name, net in nets.items()}
+    times = interleave(steps, device, options.seconds)
     result["training"] = {"times": times, "ratios": ratios(times)}
     report("forward + backward", result["training"])
     return result

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that a GPU can show, in one command: ``python -m benchmarks.gpu --out DIR`` (or ``make gpu``).
 
-Environment and ceilings, the tests on the GPU, compute-sanitizer, each op against its floor; layer, generator and
-training step against their baselines, and the goals they are held to. One JSON, rewritten after every part: an
-interruption loses nothing measured. Without a GPU the parts that need one are skipped, by name and with the reason, and
-the rest runs small.
+It runs the tests on the GPU and under compute-sanitizer. It measures ceilings, each operator against its floor, and
+layer, generator and training step against their baselines and the goals they are held to. The results file is
+rewritten after every part: an interruption loses nothing measured.
+
+Without a GPU it stops at once. With ``--device cpu`` it runs small, and names the parts it skips with the reason.
 """
 
 from __future__ import annotations
@@ -25,23 +26,32 @@ import torch
 from benchmarks.common import ROOT, stamp, write_json
 from benchmarks.train_step import COMPILED, PLAIN
 
-TOTAL_SECONDS = 520  # of the nine minutes
+TOTAL_SECONDS = 520  # the whole run stays below nine minutes
 
 
 @dataclass(frozen=True)
 class Part:
-    """One subprocess. command may contain {device} and {json}; seconds is the most it may take."""
+    """One subprocess.
+
+    Attributes:
+        name: of its log and of its entry in the results.
+        command: its words; {device} and {json} are filled in.
+        seconds: the most it may take.
+        needs_gpu: whether it is skipped on a CPU.
+        program: an executable that must be on the PATH.
+        backend: every operator runs on this one, where it has the operator.
+    """
 
     name: str
     command: tuple[str, ...]
     seconds: int
     needs_gpu: bool = False
-    program: str | None = None  # an executable that must be on the PATH
-    backend: str | None = None  # every op on this one, where it has it
+    program: str | None = None
+    backend: str | None = None
 
 
 PYTHON = (sys.executable, "-m")
-SMOKE = (*PYTHON, "benchmarks.smoke", "--device", "{device}")
+SMOKE = (*PYTHON, "benchmarks.tools.smoke", "--device", "{device}")
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
 PARTS = (
     Part("ceilings", (*PYTHON, "benchmarks.ceilings", "--device", "{device}", "--json", "{json}"), 60),
@@ -60,7 +70,14 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Goal:
-    """What an H200 is expected to reach: value(result of the part) at least, or at most."""
+    """What an H200 is expected to reach.
+
+    Attributes:
+        name: in words.
+        part: whose result is judged.
+        value: takes the figure from that result.
+        bound: the least that meets the goal, or with at_most the most.
+    """
 
     name: str
     part: str
@@ -83,7 +100,7 @@ GOALS = (
 
 
 def judge(parts: dict[str, dict]) -> list[dict]:
-    """Each goal with what was measured, or with None where its part gave no result."""
+    """Each goal with what was measured and whether that meets it; None for both where its part gave no result."""
     rows = []
     for goal in GOALS:
         result = parts.get(goal.part, {}).get("result")
@@ -95,7 +112,7 @@ def judge(parts: dict[str, dict]) -> list[dict]:
 
 
 def run(part: Part, device: str, out: Path, seconds: float) -> dict:
-    """Run one part; its output goes to OUT/NAME.log, its JSON into the result."""
+    """Runs one part in at most `seconds`. Its output goes to OUT/NAME.log, and its results file into the result."""
     if part.needs_gpu and device != "cuda":
         return {"status": "skipped", "reason": "needs a GPU"}
     if part.program and not shutil.which(part.program):
@@ -132,11 +149,15 @@ def run(part: Part, device: str, out: Path, seconds: float) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where gpu.json and the logs go")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: the parts that need no GPU")
     parser.add_argument("--only", nargs="+", choices=[p.name for p in PARTS], help="these parts alone")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch sees no GPU")
+        print(
+            f"benchmarks.gpu: torch {torch.__version__} sees no GPU; --device cpu runs the parts that need none",
+            file=sys.stderr,
+        )
+        return 2
     options.out.mkdir(parents=True, exist_ok=True)
     report: dict = {"stamp": stamp(options.device), "parts": {}}
     end = time.perf_counter() + TOTAL_SECONDS

@@ -1,28 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the first weights do to training: ``python -m benchmarks.init --dataroot coco_stuff_sample``.
 
-Equal steps from both starts (`spade_fast.models.init`), with the same seed, samples and order: the mean absolute
-difference of synthesized and true images, and the feature-matching loss, both means over the last ten steps. And by how
-much one Adam step changes a weight, |ΔW| / |W|, at the width of the released networks: the median over layers.
+Both starts of `spade_fast.models.init` train for equally many steps with the same seed, samples and order. Shown are
+the mean absolute difference of synthesized and true images and the feature-matching loss, means over the last ten
+steps. Shown too is by how much one Adam step changes a weight, |ΔW| / |W|, at the width of the released networks: the
+median over layers.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from benchmarks.common import SAMPLES, stamp, write_json
+from spade_fast.data.options import open_dataset
 from spade_fast.labels.batch import batch_labels
 from spade_fast.layers.spectral import SpectralConv2d
 from spade_fast.models import INITS, init_weights
 from spade_fast.train import config as cfg
 from spade_fast.train.ranks import Ranks
-from spade_fast.train.setup import build_networks, open_dataset
+from spade_fast.train.setup import build_networks
 from spade_fast.train.step import TrainingStep
 
 LAST = 10  # steps whose mean is the loss at the end
@@ -33,9 +36,9 @@ class Training:
     """Networks and samples of one dataset, with one start and one seed."""
 
     def __init__(self, init: str, seed: int, **options: Any) -> None:
-        # No VGG weights are at hand, so that the preset `synthetic`'s weights of the losses apply to both datasets.
+        # VGG's weights may not be at hand: both datasets train with the weights of the losses of preset `synthetic`.
         given = {"lambda_vgg": 0.0, "lambda_l1": 10.0, "ema": 0.0, "amp": "fp32", "flip": False, "seed": seed}
-        self.config = cfg.resolve(cfg.merge({}, {**given, "init": init, **options}))
+        self.config = cfg.resolve_config(cfg.merge({}, {**given, "init": init, **options}))
         self.dataset = open_dataset(self.config, "train")
         torch.manual_seed(seed)
         self.nets = build_networks(self.config, self.dataset.label_nc)
@@ -65,17 +68,19 @@ def losses_after(steps: int, init: str, seed: int, **options: Any) -> dict[str, 
     return {name: statistics.mean(term[name] for term in terms) / weight for name, weight in weights.items()}
 
 
-def kernels(net: nn.Module) -> dict[str, list[nn.Parameter]]:
+def kernels(net: nn.Module) -> dict[str, list[Tensor]]:
     """The weights of a network's convolutions and linear layers, with spectral norm and without."""
-    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    return {
-        "spectral norm": [m.weight_orig for m in convolutions if isinstance(m, SpectralConv2d)],
-        "others": [m.weight for m in convolutions if not isinstance(m, SpectralConv2d)],
-    }
+    groups: dict[str, list[Tensor]] = {"spectral norm": [], "others": []}
+    for module in net.modules():
+        if isinstance(module, SpectralConv2d):
+            groups["spectral norm"].append(module.weight_orig)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            groups["others"].append(module.weight)
+    return groups
 
 
 def first_change(init: str, **options: Any) -> dict[str, dict[str, float]]:
-    """Median |ΔW| / |W| of each network's layers after one step."""
+    """Median |ΔW| / |W| of each network's layers after one step, with spectral norm and without."""
     run = Training(init, 0, **options)
     groups = {name: kernels(net) for name, net in run.nets.items()}
     before = {name: {k: [w.detach().clone() for w in ws] for k, ws in g.items()} for name, g in groups.items()}
@@ -104,6 +109,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < LAST:
         parser.error(f"--steps must be at least {LAST}, got {args.steps}")
+    if not Path(args.dataroot).is_dir():
+        parser.error(f"--dataroot must be a folder in the layout of COCO-Stuff, got {args.dataroot}")
     torch.set_num_threads(1)
     size = {"crop_size": args.crop, "load_size": args.crop}
     coco = {"dataset": "coco", "dataroot": args.dataroot}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multiply-adds of the COCO-Stuff generator on given label maps, exactly: ``python -m benchmarks.macs``.
 
-plain: every convolution over every pixel. gather: gamma and beta by one GEMM over the gathered rows of the P distinct
-patterns. factored: a GEMM over the Q distinct hidden rows, then additions. chosen: what each layer does on a CPU.
-Additions of the gathers are listed apart; they are not multiply-adds.
+- plain: every convolution over every pixel.
+- gather: gamma and beta by one GEMM over the gathered rows of the P distinct patterns.
+- factored: a GEMM over the Q distinct hidden rows, then additions. They are listed apart: they are no multiply-adds.
+- chosen: what each layer does on a CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.common import label_maps, stamp, write_json
 from spade_fast import LabelMap
@@ -24,14 +25,16 @@ from spade_fast.models import SPADEGenerator
 from spade_fast.ops.pattern_params import choose_method
 from spade_fast.reference import SPADE
 
+Layer = tuple[int, int, int, int]  # channels, height and width of the output, channels of the hidden layer
 
-def convolution_macs(net: nn.Module, label_nc: int, size: tuple[int, int]) -> tuple[dict[str, int], list[tuple]]:
-    """Multiply-adds of the plain generator by part, and (channels, h, w, hidden) of every SPADE layer in it."""
-    parts = {"mlp_shared": 0, "mlp_gamma and mlp_beta": 0, "other convolutions": 0}
-    layers: list[tuple] = []
+
+def convolution_macs(net: nn.Module, label_nc: int, size: tuple[int, int]) -> tuple[dict[str, int], list[Layer]]:
+    """Multiply-adds of the plain generator by part, and its SPADE layers."""
+    parts: dict[str, int] = {"mlp_shared": 0, "mlp_gamma and mlp_beta": 0, "other convolutions": 0}
+    layers: list[Layer] = []
     names = {module: name for name, module in net.named_modules()}
 
-    def count(conv: nn.Conv2d, _, out) -> None:
+    def count(conv: nn.Conv2d, inputs: tuple, out: Tensor) -> None:
         name = names[conv]
         part = "mlp_shared" if "mlp_shared" in name else "other convolutions"
         part = "mlp_gamma and mlp_beta" if name.endswith(("mlp_gamma", "mlp_beta")) else part
@@ -47,8 +50,8 @@ def convolution_macs(net: nn.Module, label_nc: int, size: tuple[int, int]) -> tu
     return parts, layers
 
 
-def pattern_macs(labels: LabelMap, layers: list[tuple], kernel_size: int) -> dict[str, float]:
-    """Multiply-adds of gamma and beta of one label map by each method, and the additions of the gathers."""
+def pattern_macs(labels: LabelMap, layers: list[Layer], kernel_size: int) -> dict[str, int]:
+    """Multiply-adds of gamma and beta for one label map by each method, and the additions of the gathers."""
     taps, total = kernel_size**2, dict.fromkeys(("gather", "factored", "chosen", "additions (factored)"), 0)
     for channels, h, w, hidden in layers:
         found = labels.patterns(h, w, kernel_size)
@@ -58,14 +61,14 @@ def pattern_macs(labels: LabelMap, layers: list[tuple], kernel_size: int) -> dic
         total["factored"] += q * each
         total["additions (factored)"] += p * taps * 2 * channels + q * taps * hidden
         if found.density > DENSE_ABOVE:
-            total["chosen"] += h * w * each
+            total["chosen"] += len(labels) * h * w * each
         else:
             total["chosen"] += {"gather": p, "factored": q}[choose_method(q, p, taps, hidden, channels)] * each
     return total
 
 
 def measure(maps: list[LabelMap], ngf: int, crop: int) -> dict:
-    """GMAC of the plain generator by part, and the mean over the maps with label patterns."""
+    """GMAC (10⁹ multiply-adds) of the plain generator by part, and the mean over the maps with label patterns."""
     label_nc = maps[0].label_nc
     with torch.device("meta"):
         net = SPADEGenerator(label_nc, ngf=ngf, crop_size=crop, spade="reference")
@@ -88,13 +91,12 @@ def measure(maps: list[LabelMap], ngf: int, crop: int) -> dict:
 
 
 def read_maps(files: list[Path], crop: int) -> list[LabelMap]:
-    """Label maps from PNG files, resized to crop×crop; 182 and above become the unknown class, without edges."""
+    """Label maps from PNG files, resized to crop×crop, without edges. Values of 182 and above become class 182."""
     maps = []
     for file in files:
-        ids = torch.from_numpy(
-            np.array(Image.open(file).resize((crop, crop), Image.Resampling.NEAREST)).astype(np.int64)
-        )
-        maps.append(LabelMap(ids.clamp(max=182)[None], 183, torch.zeros(1, crop, crop, dtype=torch.bool)))
+        values = np.array(Image.open(file).resize((crop, crop), Image.Resampling.NEAREST)).astype(np.int64)
+        labels = torch.from_numpy(values).clamp(max=182)
+        maps.append(LabelMap(labels[None], 183, torch.zeros(1, crop, crop, dtype=torch.bool)))
     return maps
 
 
@@ -105,9 +107,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=256)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
-    maps, source = label_maps(options.crop)
-    if options.labels:
-        maps, source = read_maps(options.labels, options.crop), "files"
+    maps, source = (read_maps(options.labels, options.crop), "files") if options.labels else label_maps(options.crop)
     result = {"stamp": stamp(), "labels": source, **measure(maps, options.ngf, options.crop)}
     print(f"GMAC, {result['maps']} maps of {source} at {options.crop}×{options.crop}")
     for name, value in result["plain"].items():

@@ -3,9 +3,9 @@
 
     python -m benchmarks.resources [--arch 80 90 100 120] [--thorough] [--json FILE]
 
-The launchers themselves are called, on small CPU tensors, with Triton's launch replaced by a compilation for the
-architecture asked, so what is compiled is what a GPU would run. Fails when a kernel spills, or wants more shared
-memory than the architecture has. The CUDA kernels follow where nvcc is there (benchmarks.cuda_resources).
+The launchers themselves are called on small CPU tensors, and Triton's launch is replaced by a compilation for the
+architecture. So what is compiled is what a GPU would run. The command fails when a kernel spills, or needs more shared
+memory than the architecture has. Where nvcc is found, the CUDA kernels follow (benchmarks.cuda_resources).
 """
 
 from __future__ import annotations
@@ -20,16 +20,22 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import cuda_resources
-from spade_fast.native.build import find_nvcc
+from spade_fast.native.toolchain import find_nvcc
+
+if TYPE_CHECKING:  # the process that starts the others does without torch
+    import torch
+    from torch import Tensor
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
 
 
-def _driver(arch: int):
-    """A stand-in for Triton's CUDA driver, naming the architecture; it can do everything but launch."""
+def _driver(arch: int) -> Any:
+    """A stand-in for Triton's CUDA driver. It names the architecture and can do everything but launch."""
     import torch
     from triton.backends.compiler import GPUTarget
 
@@ -66,7 +72,7 @@ def _driver(arch: int):
 
 
 @contextlib.contextmanager
-def _compile_instead_of_launching(arch: int, found: list) -> Iterator[None]:
+def _compile_instead_of_launching(arch: int, found: list[tuple[str, dict[str, Any], Any]]) -> Iterator[None]:
     """Inside, kernel[grid](...) compiles every config and appends (name, constants, compiled kernel) to `found`."""
     import torch
     from triton.runtime import driver
@@ -75,16 +81,16 @@ def _compile_instead_of_launching(arch: int, found: list) -> Iterator[None]:
 
     launch, tune, empty = JITFunction.run, Autotuner.run, torch.empty
 
-    def compile_(self, *args, grid, warmup, **kwargs):
+    def compile_(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
         found.append((self.__name__, kwargs, compiled))
         return compiled
 
-    def every_config(self, *args, **kwargs):
+    def every_config(self: Any, *args: Any, **kwargs: Any) -> None:
         for config in self.configs:
             self.fn.run(*args, **kwargs, **config.all_kwargs())
 
-    def zeros(*args, **kwargs):  # nothing is computed: let no launcher index with what happens to be in memory
+    def zeros(*args: Any, **kwargs: Any) -> Tensor:  # no launcher may use uninitialized memory as an index
         return empty(*args, **kwargs).zero_()
 
     JITFunction.run, Autotuner.run, torch.empty = compile_, every_config, zeros
@@ -96,9 +102,9 @@ def _compile_instead_of_launching(arch: int, found: list) -> Iterator[None]:
 
 
 def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(what, call) of every kernel in variants that change its code: dtype, layout, outputs, upsampling, tables.
+    """(what, call) of every kernel in the variants that change its code: dtype, layout, outputs, upsampling, tables.
 
-    Without `thorough`: of modulation only its largest variants (and its commonest), which are those that could spill.
+    Without `thorough`, modulation has only its commonest variant, and its largest variants, which could spill.
     """
     import torch
     from spade_fast.kernels.embedding_sum import embedding_sum, embedding_sum_backward
@@ -115,22 +121,24 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     image = torch.zeros(n, size, size, dtype=torch.int32)
     codes = torch.zeros(64, 9, dtype=torch.int32)
 
-    def activation(dtype, channels_last, up=1, channels=c):
+    def activation(dtype: torch.dtype, channels_last: bool, up: int = 1, channels: int = c) -> Tensor:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return torch.zeros(n, channels, size * up, size * up, dtype=dtype).contiguous(memory_format=layout)
 
-    def modulate(dtype, channels_last, outputs, up, dense, norm, channels=c):
-        def run():
+    def modulate(
+        dtype: torch.dtype, channels_last: bool, outputs: int, up: int, dense: bool, norm: int, channels: int = c
+    ) -> Callable[[], None]:
+        def run() -> None:
             x = activation(dtype, channels_last, channels=channels)
-            params, ids, order, offsets = [], None, None, None
+            pattern_ids = order = offsets = None
             if dense:
                 params = [activation(dtype, channels_last, up, 2 * channels) for _ in range(outputs)]
             else:
                 params = [torch.zeros(32, 2 * channels, dtype=dtype) for _ in range(outputs)]
-                ids = torch.arange(n * (size * up) ** 2, dtype=torch.int32).view(n, size * up, size * up) % 32
-                order, offsets = segments(ids, 32)
+                pattern_ids = torch.arange(n * (size * up) ** 2, dtype=torch.int32).view(n, size * up, size * up) % 32
+                order, offsets = segments(pattern_ids, 32)
             mean = torch.zeros(norm, channels) if norm else None
-            args = (x, mean, mean, params, ids, order, offsets, [0.2, 1.0][:outputs], up, True)
+            args = (x, mean, mean, params, pattern_ids, order, offsets, [0.2, 1.0][:outputs], up, True)
             modulation_backward(modulation(*args), *args)
 
         return run
@@ -142,29 +150,21 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         hidden_rows = torch.zeros(64, hidden, dtype=dtype)
         for edges in (False, True):
             what = f"{name} edges={int(edges)}"
-            yield f"embedding_sum {what}", lambda t=table, e=edges: embedding_sum(t, t[0, 0], codes, e, True)
-        yield (
-            f"embedding_sum backward {name}",
-            lambda o=hidden_rows: embedding_sum_backward(o, o, codes, rows, True, True),
-        )
+            yield f"embedding_sum {what}", partial(embedding_sum, table, table[0, 0], codes, edges, True)
+        backward = partial(embedding_sum_backward, hidden_rows, hidden_rows, codes, rows, True, True)
+        yield f"embedding_sum backward {name}", backward
         wide = torch.zeros(16, rows, 64, dtype=dtype)
         for pooled in (False, True):
             what = f"{name} pooled={int(pooled)}"
-            yield f"label_conv {what}", lambda w=wide, p=pooled: label_conv(image, w, None, True, 4, 2, 2, p)
+            yield f"label_conv {what}", partial(label_conv, image, wide, None, True, 4, 2, 2, pooled)
             dout = label_shape(dtype, n, size, pooled)
-            yield (
-                f"label_conv backward {what}",
-                lambda d=dout, p=pooled: label_conv_backward(d, image, rows, True, 4, 2, 2, p),
-            )
+            yield f"label_conv backward {what}", partial(label_conv_backward, dout, image, rows, True, 4, 2, 2, pooled)
         for channels_last in (True, False):
             layout = "channels-last" if channels_last else "NCHW"
             for per_sample in (False, True):
-                yield (
-                    f"statistics {name} {layout}",
-                    lambda d=dtype, cl=channels_last, s=per_sample: statistics(activation(d, cl), s),
-                )
-            x, k = activation(dtype, channels_last), torch.zeros(c)
-            yield f"normalization_gradient {name} {layout}", lambda x=x, k=k: normalization_gradient(x, x, k, k)
+                yield f"statistics {name} {layout}", partial(statistics, activation(dtype, channels_last), per_sample)
+            x, sums = activation(dtype, channels_last), torch.zeros(c)
+            yield f"normalization_gradient {name} {layout}", partial(normalization_gradient, x, x, sums, sums)
             variants = [(2, 2, False, n), (2, 2, True, n)]
             if channels_last and dtype == half:
                 variants += [(1, 1, False, 1)]
@@ -178,16 +178,14 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"modulation {name} C=1000", modulate(dtype, True, 1, 1, False, 1, channels=1000)
             yield f"modulation {name} C=33", modulate(dtype, True, 2, 2, False, 1, channels=33)
         weight = torch.zeros(c, hidden, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        yield (
-            f"pattern_params {name}",
-            lambda a=hidden_rows, w=weight: pattern_params(a, codes, w, w[:, 0, 0, 0], w, w[:, 0, 0, 0]),
-        )
-        yield (
-            f"segment_sum {name}",
-            lambda d=dtype: segment_sum(
-                torch.zeros(200, 2 * c, dtype=d), codes.view(-1), *segments(codes, 4), per_row=9, dtype=d
-            ),
-        )
+        bias = weight[:, 0, 0, 0]
+        yield f"pattern_params {name}", partial(pattern_params, hidden_rows, codes, weight, bias, weight, bias)
+
+        def sum_rows(dtype: torch.dtype = dtype) -> None:
+            values = torch.zeros(200, 2 * c, dtype=dtype)
+            segment_sum(values, codes.view(-1), *segments(codes, 4), per_row=9, dtype=dtype)
+
+        yield f"segment_sum {name}", sum_rows
     a, out = torch.zeros(64, hidden), torch.zeros(64, 2 * c)
     yield (
         "pattern_params tf32",
@@ -196,16 +194,24 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         ),
     )
     for k in (1, 3, 5):
-        yield f"patterns k={k}", lambda k=k: patterns(image, k)
+        yield f"patterns k={k}", partial(patterns, image, k)
     yield "patterns, from their keys on", lambda: finish(image, torch.arange(image.numel()), 3)
 
 
-def label_shape(dtype, n: int, size: int, pooled: bool):
+def label_shape(dtype: torch.dtype, n: int, size: int, pooled: bool) -> Tensor:
     """A gradient of label_conv's output for a 4×4 stride-2 pad-2 convolution."""
     import torch
 
     size = (size - 1) // 2 + 1 if pooled else size
     return torch.zeros(n, 64, size // 2 + 1, size // 2 + 1, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _find(pattern: str, text: str) -> re.Match[str]:
+    """The match that the output of a tool must have."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"benchmarks.resources: {pattern!r} is not in {text[-500:]!r}")
+    return match
 
 
 def _run(tool: str, *arguments: object) -> str:
@@ -218,22 +224,22 @@ def _run(tool: str, *arguments: object) -> str:
 
 def _spills(ptx: str, folder: Path) -> int:
     """Bytes of spill stores and loads, by ptxas."""
-    target = re.search(r"\.target (sm_\d+a?)", ptx).group(1)
+    target = _find(r"\.target (sm_\d+a?)", ptx)[1]
     source = folder / "kernel.ptx"
     source.write_text(ptx)
-    tool = "ptxas-blackwell" if int(re.search(r"\d+", target).group()) >= 100 else "ptxas"
+    tool = "ptxas-blackwell" if int(_find(r"\d+", target)[0]) >= 100 else "ptxas"
     log = _run(tool, "-v", f"--gpu-name={target}", source, "-o", folder / "kernel.cubin")
-    return sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()))
+    return sum(int(number) for number in _find(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups())
 
 
-def _resources(compiled) -> dict:
-    """registers by cuobjdump, spilled bytes by ptxas, shared bytes and warps by Triton."""
+def _resources(compiled: Any) -> dict[str, Any]:
+    """Registers by cuobjdump, spilled bytes by ptxas, shared bytes and warps by Triton."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
         log = _run("cuobjdump", "--dump-resource-usage", folder / "kernel.cubin")
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", log).groups())
-        # A stack can be there without spills, but no spills without a stack: ask ptxas only then.
+        registers, stack = map(int, _find(r"REG:(\d+) STACK:(\d+)", log).groups())
+        # A kernel without a stack has no spills, so only the others need ptxas, which is slow.
         spills = _spills(compiled.asm["ptx"], folder) if stack else 0
     return {
         "registers": registers,
@@ -245,7 +251,7 @@ def _resources(compiled) -> dict:
     }
 
 
-def compile_all(arch: int, thorough: bool) -> list[dict]:
+def compile_all(arch: int, thorough: bool) -> list[dict[str, Any]]:
     """Every kernel and config for sm_`arch`: dicts of case, kernel, tile, registers, spills (bytes), shared (bytes)."""
     rows, seen = [], set()
     for what, call in cases(thorough):
@@ -263,7 +269,7 @@ def compile_all(arch: int, thorough: bool) -> list[dict]:
     return rows
 
 
-def _in_own_process(arch: int, thorough: bool) -> list[dict]:
+def _in_own_process(arch: int, thorough: bool) -> list[dict[str, Any]]:
     """compile_all in a process where the interpreter is off, whatever this one runs under."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -275,13 +281,13 @@ def _in_own_process(arch: int, thorough: bool) -> list[dict]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(archs: list[int], thorough: bool, jobs: int | None = None) -> list[dict]:
+def measure(archs: list[int], thorough: bool, jobs: int | None = None) -> list[dict[str, Any]]:
     """Rows of compile_all for several architectures, compiled in parallel processes."""
     with ThreadPoolExecutor(jobs or min(len(archs), os.cpu_count() or 1)) as pool:
         return [row for rows in pool.map(lambda arch: _in_own_process(arch, thorough), archs) for row in rows]
 
 
-def faults(rows: list[dict]) -> list[str]:
+def faults(rows: list[dict[str, Any]]) -> list[str]:
     """A line for every kernel that spills or wants more shared memory than its architecture has."""
     return [
         f"sm_{r['arch']} {r['kernel']} {r['tile']} ({r['case']}): {r['spills']} bytes spilled, {r['shared']} shared"
@@ -290,7 +296,7 @@ def faults(rows: list[dict]) -> list[str]:
     ]
 
 
-def summary(rows: list[dict]) -> str:
+def summary(rows: list[dict[str, Any]]) -> str:
     """A table: per kernel and architecture, compiled variants and the largest of each resource."""
     lines = [f"{'kernel':26}{'arch':>6}{'variants':>10}{'registers':>11}{'spills':>8}{'shared':>9}"]
     for kernel, arch in sorted({(r["kernel"], r["arch"]) for r in rows}):
@@ -301,7 +307,7 @@ def summary(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
     parser.add_argument("--thorough", action="store_true", help="all variants of modulation, too")
     parser.add_argument("--json", type=Path, help="write every row here")
@@ -316,6 +322,7 @@ def main() -> None:
     if find_nvcc() is not None:
         cuda = cuda_resources.measure(options.arch)
         print(cuda_resources.summary(cuda))
+        cuda += cuda_resources.rows_on_device()
         found += cuda_resources.faults(cuda)
     if options.json:
         options.json.write_text(json.dumps(rows + cuda, indent=1))

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training step on 1, 2, 4, ... processes: ``python -m benchmarks.scaling``.
 
-Weak scaling (the same images a process) and strong scaling (the same images in all), over gloo on a CPU and NCCL on
-GPUs; what a step communicates is counted, not estimated. Processes on one CPU share its cores, so there only the counts
-say something about other machines. Then a model of 8 to 512 GPUs: from the measured step of one process, the counted
-bytes and collectives, and stated figures of the network. It is a model, and its rows say so.
+Weak scaling keeps the images of a process, strong scaling the images of all together. Processes communicate over gloo
+on a CPU and over NCCL on GPUs. What a step communicates is counted, not estimated. Processes on one CPU share its
+cores; there only the counts say something about other machines.
+
+A model of 8 to 512 GPUs follows. It takes the measured step of one process, the counted bytes and collectives, and
+stated figures of the network. Its rows say that they are a model.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import label_maps, stamp, synchronize, write_json
 from spade_fast import LabelMap
-from spade_fast.models import VGG19Features, init_weights
+from spade_fast.models import SPADEGenerator, VGG19Features, init_weights
 from spade_fast.train import config as cfg
 from spade_fast.train.batches import pattern_sizes
 from spade_fast.train.profiling import timed
@@ -59,9 +61,9 @@ def worker(rank: int, world: int, folder: str, options: argparse.Namespace, batc
         dist.destroy_process_group()
 
 
-def system(options: argparse.Namespace, ranks: Ranks, batch: int):
+def system(options: argparse.Namespace, ranks: Ranks, batch: int) -> tuple[TrainingStep, LabelMap, torch.Tensor]:
     """(TrainingStep, labels and images of this process's part of the batch)."""
-    config = cfg.resolve(
+    config = cfg.resolve_config(
         cfg.merge(
             {},
             {
@@ -82,9 +84,11 @@ def system(options: argparse.Namespace, ranks: Ranks, batch: int):
         init_weights(net)
         net.to(ranks.device).train()
     step = TrainingStep(nets, config, VGG19Features().to(ranks.device), ranks)
-    first, last = ranks.part(batch)
+    first, last = ranks.share(batch)
     maps, _ = label_maps(options.crop)
-    sizes = pattern_sizes(nets["generator"])
+    generator = nets["generator"]
+    assert isinstance(generator, SPADEGenerator)
+    sizes = pattern_sizes(generator)
     labels = LabelMap.cat([maps[i % len(maps)][:].build(sizes, backward=True) for i in range(first, last)])
     image = torch.rand(batch, 3, options.crop, options.crop, generator=torch.Generator().manual_seed(1))[first:last]
     image = (image * 2 - 1).to(ranks.device).contiguous(memory_format=torch.channels_last)
@@ -92,16 +96,16 @@ def system(options: argparse.Namespace, ranks: Ranks, batch: int):
 
 
 def exchange(step: TrainingStep, labels: LabelMap, image: torch.Tensor, ranks: Ranks, i: int) -> torch.Tensor:
-    """An iteration as the trainer makes it, with the exchange of losses and wishes to stop at its end."""
+    """An iteration as the trainer makes it. At its end processes exchange losses and requests to stop."""
     terms = step(labels, image, i)
     return ranks.sum(torch.cat([torch.stack(list(terms.values())), torch.zeros(4, device=image.device)]))
 
 
 def count(step: TrainingStep, labels: LabelMap, image: torch.Tensor, ranks: Ranks) -> dict:
-    """Collectives of a step by kind, and the bytes that go into them in each process."""
+    """Collectives of a step by kind, and the bytes that each process puts into them."""
     gradients = {"calls": 0, "bytes": 0}
 
-    def hook(state, bucket):
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations kept as strings
         gradients["calls"] += 1
         gradients["bytes"] += bucket.buffer().numel() * bucket.buffer().element_size()
         future = dist.all_reduce(bucket.buffer().div_(ranks.world), async_op=True).get_future()
@@ -110,7 +114,7 @@ def count(step: TrainingStep, labels: LabelMap, image: torch.Tensor, ranks: Rank
     for net in step._parallel.values():
         assert isinstance(net, DistributedDataParallel)
         net.register_comm_hook(None, hook)
-    exchange(step, labels, image, ranks, 0)  # after the first step the buckets are in their final order
+    exchange(step, labels, image, ranks, 0)  # After the first step the buckets are in their final order.
     gradients.update(calls=0, bytes=0)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
         losses = exchange(step, labels, image, ranks, 1)
@@ -126,6 +130,7 @@ def count(step: TrainingStep, labels: LabelMap, image: torch.Tensor, ranks: Rank
 
 
 def measure(step: TrainingStep, labels: LabelMap, image: torch.Tensor, ranks: Ranks, rounds: int) -> dict:
+    """The median time of a step, and the share of it that is backward."""
     times = []
     for i in range(rounds):
         if ranks.world > 1:
@@ -140,11 +145,20 @@ def measure(step: TrainingStep, labels: LabelMap, image: torch.Tensor, ranks: Ra
 
 
 def model(one: dict, several: dict, gpus: int, images: int, options: argparse.Namespace) -> dict:
-    """A step of `gpus` GPUs with `images` images each.
+    """A step of R = `gpus` GPUs with `images` images each, as a row of the results.
 
-    compute: the step measured on one process. Gradients: a ring all-reduce sends and receives 2 (R-1)/R times their
-    bytes over the slowest link, and hides behind backward. Statistics: every collective waits for its latency, which
-    grows with the logarithm of the machines; gathering receives R-1 times its bytes.
+    - Compute is the step measured on one process.
+    - Gradients: a ring all-reduce sends and receives 2 (R-1)/R times their bytes over the slowest link. It hides behind
+      backward.
+    - Statistics: every collective waits for its latency, which grows with the logarithm of the machines. Gathering
+      receives R-1 times its bytes.
+
+    Args:
+        one: the measured step of one process.
+        several: the counted collectives of several.
+        gpus: how many, `NODE` a machine.
+        images: of each GPU.
+        options: the figures of the network.
     """
     nodes = math.ceil(gpus / NODE)
     bandwidth = 1e9 * (options.node_gbs if nodes == 1 else options.network_gbs)
@@ -177,7 +191,7 @@ def run(options: argparse.Namespace) -> dict:
         for world in worlds:
             batch = options.batch * (world if kind == "weak" else max(worlds))
             with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(worker, (world, folder, options, batch), nprocs=world)
+                spawn(worker, (world, folder, options, batch), nprocs=world)
                 row = torch.load(Path(folder) / f"result-{world}-{batch}")
             row |= {"processes": world, "batch": batch, "images_per_second": 1e3 * batch / row["step_ms"]}
             row["efficiency"] = row["images_per_second"] / (world * (rows[0] if rows else row)["images_per_second"])

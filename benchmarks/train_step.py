@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training step of the paper, fused against plain: ``python -m benchmarks.train_step``.
 
-Generator step (hinge, feature matching, VGG features with random weights), discriminator step on a new fake, both Adam
-updates, by `spade_fast.train.step` as training itself runs it; COCO-Stuff labels, random images. Baselines: the
-plain system as the authors run it (`benchmarks.plain`: NCHW, eager, float32), and with everything torch offers:
-channels-last memory, AMP, torch.compile. The fused system gets labels whose patterns a data-loading process has found;
-on a GPU its step is first run with every host synchronization made an error. On a CPU, memory is the resident set of a
-process that runs one system alone, over that of the same process before it built it, libraries loaded.
+A step is the generator's update (hinge, feature matching, VGG features with random weights) and the discriminator's
+update on a new fake, each by Adam, as `spade_fast.train.step` runs them in training. Labels are COCO-Stuff's, and
+images are random. Baselines are the plain system as the authors run it (`benchmarks.tools.plain`: NCHW, eager,
+float32), and with everything torch offers: channels-last memory, AMP, torch.compile.
+
+The fused system gets labels whose patterns a data-loading process has found. On a GPU its step is first run with every
+host synchronization made an error. On a CPU, memory is measured in a process that runs one system alone: the most it
+holds, less what it held with libraries loaded and before it built the system.
 """
 
 from __future__ import annotations
@@ -15,16 +17,26 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import ROOT, interleave, label_maps, stamp, with_torch_spectral_norm, write_json
-from benchmarks.plain import PlainTrainingStep
+from benchmarks.common import (
+    ROOT,
+    full_precision,
+    in_layout,
+    interleave,
+    label_maps,
+    stamp,
+    with_torch_spectral_norm,
+    write_json,
+)
+from benchmarks.tools.plain import PlainTrainingStep
 from spade_fast import LabelMap
-from spade_fast.models import VGG19Features, init_weights
+from spade_fast.models import SPADEGenerator, VGG19Features, init_weights
 from spade_fast.train import config as cfg
 from spade_fast.train.batches import pattern_sizes
 from spade_fast.train.profiling import PARTS, timed
@@ -47,7 +59,7 @@ SYSTEMS = {
 
 
 def names(options: argparse.Namespace) -> list[str]:
-    """The systems that are asked for: mixed precision and compiled ones on a GPU, or by option."""
+    """The systems to measure. The options decide about those in mixed precision and the compiled ones."""
     chosen = []
     for name, (_, amp, _, compiled) in SYSTEMS.items():
         if (options.amp or not amp) and (options.compile or not compiled):
@@ -56,11 +68,11 @@ def names(options: argparse.Namespace) -> list[str]:
 
 
 class System:
-    """One system with a batch of its own; calling it makes an iteration and returns the losses, on the device."""
+    """One system with a batch of its own. Calling it makes an iteration and returns the losses, on the device."""
 
     def __init__(self, name: str, options: argparse.Namespace, batch: int) -> None:
         fused, amp, channels_last, compiled = SYSTEMS[name]
-        config = cfg.resolve(
+        config = cfg.resolve_config(
             cfg.merge(
                 {},
                 {
@@ -72,35 +84,41 @@ class System:
             )
         )
         torch.manual_seed(0)
-        nets, self.vgg = build_networks(config, LABEL_NC), VGG19Features().to(options.device)
+        self.nets, self.vgg = build_networks(config, LABEL_NC), VGG19Features().to(options.device)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        for net in nets.values():
+        for net in self.nets.values():
             init_weights(net)
             net.to(options.device).train()
-        self.labels, image = inputs(batch, options, pattern_sizes(nets["generator"]))
-        self.image = image.contiguous(memory_format=layout)
+        generator = self.nets["generator"]
+        assert isinstance(generator, SPADEGenerator)
+        labels, image = inputs(batch, options, pattern_sizes(generator))
+        image = image.contiguous(memory_format=layout)
+        self.step: Callable[[int], dict[str, Tensor]]  # makes an iteration of this number
+        self.optimizers: Mapping[str, torch.optim.Optimizer]
         if fused:
-            self.step = TrainingStep(nets, config, self.vgg, Ranks(options.device))
+            step = TrainingStep(self.nets, config, self.vgg, Ranks(options.device))
+            self.step, self.optimizers = partial(step, labels, image), step.optimizers
         else:
-            for net in (*map(with_torch_spectral_norm, nets.values()), self.vgg):
-                net.to(memory_format=layout)
-            self.step = PlainTrainingStep(nets, config, self.vgg, options.device, torch.bfloat16 if amp else None)
-            self.labels = self.labels.one_hot().contiguous(memory_format=layout)
+            for net in (*map(with_torch_spectral_norm, self.nets.values()), self.vgg):
+                in_layout(net, layout)
+            plain = PlainTrainingStep(self.nets, config, self.vgg, options.device, torch.bfloat16 if amp else None)
             if compiled:
-                self.step.compile()
+                plain.compile()
+            one_hot = labels.one_hot().contiguous(memory_format=layout)
+            self.step, self.optimizers = partial(plain, one_hot, image), plain.optimizers
         self.done = 0
 
     def __call__(self) -> Tensor:
         self.done += 1
-        terms = self.step(self.labels, self.image, self.done)
+        terms = self.step(self.done)
         return torch.stack([terms[name] for name in ("vgg", "gan", "feat", "d_fake", "d_real")])
 
     def load(self, other: System) -> None:
         """The weights of another system, and optimizers that have done no step."""
-        for optimizer in self.step.optimizers.values():
+        for optimizer in self.optimizers.values():
             optimizer.state.clear()
-        for name, net in self.step.nets.items():
-            net.load_state_dict(other.step.nets[name].state_dict())
+        for name, net in self.nets.items():
+            net.load_state_dict(other.nets[name].state_dict())
         self.vgg.load_state_dict(other.vgg.state_dict())
 
 
@@ -115,7 +133,10 @@ def inputs(batch: int, options: argparse.Namespace, sizes: list[tuple[int, int]]
 
 
 def largest(fits: Callable[[int], bool], start: int, limit: int) -> int:
-    """The largest batch up to limit that fits, to an eighth of itself: doubled while it fits, then halves between."""
+    """The largest batch up to limit that fits, to an eighth of itself.
+
+    The batch is doubled while it fits. Then the interval between a batch that fits and one that does not is halved.
+    """
     good, bad = 0, start
     while bad <= limit and fits(bad):
         good, bad = bad, 2 * bad
@@ -128,9 +149,10 @@ def largest(fits: Callable[[int], bool], start: int, limit: int) -> int:
 
 
 def largest_batch(name: str, options: argparse.Namespace) -> int:
-    """Of a system on the GPU, two iterations (the second has the optimizers' state)."""
+    """The largest batch of a system on the GPU that makes two iterations. The second has the optimizers' state."""
 
     def fits(batch: int) -> bool:
+        system: System | None = None
         try:
             system = System(name, options, batch)
             system(), system()
@@ -146,14 +168,14 @@ def largest_batch(name: str, options: argparse.Namespace) -> int:
 
 
 def resident(peak: bool = False) -> int:
-    """Bytes of this process in memory now, or at most so far (Linux)."""
+    """Bytes of this process in memory now, or the most it had so far (Linux)."""
     field = "VmHWM:" if peak else "VmRSS:"
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def memory_on_gpu(system: System, before: int) -> int:
-    """Bytes at the peak of a system's step over those before it was built; others that are there do not change."""
+    """Bytes at the peak of a system's step, less those before it was built. Those of other systems do not change."""
     system(), system()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -163,7 +185,7 @@ def memory_on_gpu(system: System, before: int) -> int:
 
 
 def memory_alone(name: str, options: argparse.Namespace) -> int:
-    """Bytes over the idle process of a system that runs alone in a process of its own, on the CPU."""
+    """Bytes of a system that runs alone in a process of its own on the CPU, less those of the idle process."""
     arguments = ["--memory-of", name, "--ngf", options.ngf, "--crop", options.crop, "--batch", options.batch]
     flags = ["--device", "cpu", *(["--checkpoint-blocks"] if options.checkpoint_blocks else [])]
     command = [sys.executable, "-m", "benchmarks.train_step", *map(str, arguments), *flags]
@@ -172,13 +194,36 @@ def memory_alone(name: str, options: argparse.Namespace) -> int:
 
 
 def print_memory(options: argparse.Namespace) -> None:
-    LabelMap(torch.zeros(1, 8, 8, dtype=torch.int64), 2).build([(8, 8)], backward=True)  # what is loaded on first use
+    """Prints what `memory_alone` reads."""
+    # The idle process has loaded what is loaded at first use.
+    LabelMap(torch.zeros(1, 8, 8, dtype=torch.int64), 2).build([(8, 8)], backward=True)
     torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 3, 3))
     torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
     idle = resident()
     system = System(options.memory_of, options, options.batch)
     system(), system()
     print(json.dumps({"bytes": resident(peak=True) - idle}))
+
+
+def compare_losses(systems: dict[str, System]) -> dict[str, float]:
+    """The largest relative difference of each system's losses from the plain system's, with the same weights.
+
+    The discriminator's losses come after an update of the generator.
+
+    Raises:
+        RuntimeError: a difference is too large for right gradients.
+    """
+    for system in systems.values():
+        system.load(systems[PLAIN])
+    with full_precision():
+        losses = {name: system() for name, system in systems.items()}
+    expected = losses.pop(PLAIN)
+    errors = {}
+    for name, found in losses.items():
+        errors[name] = ((found - expected).abs() / expected.abs().clamp(min=0.1)).max().item()
+        if not errors[name] < (5e-2 if SYSTEMS[name][1] else 1e-3):
+            raise RuntimeError(f"{name}: losses differ by {errors[name]:.2e} from those of {PLAIN}; nothing is timed")
+    return errors
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -192,20 +237,10 @@ def measure(options: argparse.Namespace) -> dict:
         elif options.memory:
             memory[name] = memory_alone(name, options)
     source = label_maps(options.crop, 1)[1]
+    print(f"label maps: {source}")
     config = {name: getattr(options, name) for name in ("ngf", "crop", "batch", "amp", "compile", "checkpoint_blocks")}
     result: dict = {"stamp": stamp(options.device), "config": config | {"labels": source}, "peak_memory_bytes": memory}
-    # Correctness first: the same weights give the same losses (the discriminator's after an update of the generator).
-    result["loss_error"] = {}
-    for system in systems.values():
-        system.load(systems[PLAIN])
-    expected = systems[PLAIN]()
-    for name, system in systems.items():
-        if name == PLAIN:
-            continue
-        error = ((system() - expected).abs() / expected.abs().clamp(min=0.1)).max().item()
-        if not error < (5e-2 if SYSTEMS[name][1] else 1e-3):
-            raise RuntimeError(f"{name}: losses differ by {error:.2e} from those of {PLAIN}; nothing is timed")
-        result["loss_error"][name] = error
+    result["loss_error"] = compare_losses(systems)
     if cuda:
         systems["fused"]()
         torch.cuda.synchronize()
@@ -233,7 +268,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def parts(system: System) -> dict[str, float]:
-    """Milliseconds of each part of one iteration, waiting for the device in between."""
+    """Milliseconds of each part of one iteration. It waits for the device between parts."""
     with timed() as seconds:
         system()
     return {name: round(1e3 * seconds[name], 3) for name in (*PARTS, "step") if name in seconds}

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The native operations' schemas: those of spade_fast/ops/*.py. Each csrc/<op>.cpp registers its CPU implementation,
-// csrc/cuda_bindings.cpp the CUDA ones.
+// The schemas of the native operations, the same as those of spade_fast/ops/*.py. csrc/cpu/<op>.cpp registers an
+// operation's CPU implementation, csrc/cuda/bindings.cpp all CUDA implementations.
 #include <torch/library.h>
 
-#define SPADE_FAST_MODULATION                                                                                   \
-  "Tensor x, Tensor? mean, Tensor? rstd, Tensor[] params, Tensor? ids, Tensor? order, Tensor? offsets, "        \
-  "float[] slopes, int upsample, bool stats) -> Tensor[]"
+#define SPADE_FAST_MODULATION                                                                                    \
+  "Tensor x, Tensor? mean, Tensor? rstd, Tensor[] params, Tensor? pattern_ids, Tensor? order, Tensor? offsets, " \
+  "float[] slopes, int upsample, bool stats_from_x) -> Tensor[]"
 
 TORCH_LIBRARY(spade_fast_native, m) {
   m.def("recognize(Tensor segmap) -> (Tensor, Tensor)");
   m.def("patterns(Tensor codes, int kernel_size) -> (Tensor, Tensor, Tensor)");
-  m.def("segments(Tensor ids, int num) -> (Tensor, Tensor)");
+  m.def("segments(Tensor segment_ids, int num) -> (Tensor, Tensor)");
   m.def("embedding_sum(Tensor table, Tensor? bias, Tensor codes, bool edges, bool relu) -> Tensor");
   m.def(
       "embedding_sum_backward(Tensor dout, Tensor out, Tensor codes, int num_rows, bool edges, bool relu)"

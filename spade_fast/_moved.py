@@ -59,6 +59,11 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self._kept = module.__spec__, module.__loader__
         return module
 
+    def get_code(self, name: str) -> types.CodeType | None:
+        """Only `python -m` asks for it, and prints the error's line."""
+        new = f"spade_fast.{MOVED[name.partition('.')[2]]}"
+        raise ImportError(f"{name} is now {new}: run python -m {new}")
+
     def exec_module(self, module: types.ModuleType) -> None:
         # The import system has written the old name into the module.
         module.__spec__, module.__loader__ = self._kept

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and streams of the commands: errors of the system as one line, files of tensors, closed pipes."""
+"""Files and streams of the commands: one line for an error of the system, files of tensors, closed pipes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 
 
 class WriteError(RuntimeError):
-    """A file or directory can't be written: names it and the cause."""
+    """A file or directory can't be written. The message names it and the cause."""
 
 
 def cause(error: OSError) -> str:
-    """The system's words for an error, without number and path."""
+    """What the system says about an error, without its number and path."""
     return error.strerror or str(error) or type(error).__name__
 
 
@@ -31,7 +31,7 @@ def one_line(error: OSError) -> str:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Raises WriteError with the path, which the system's error on a full disk lacks."""
+    """Turns an OSError into a WriteError that names the path. The system's error on a full disk does not."""
     try:
         yield
     except OSError as error:
@@ -39,7 +39,11 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def require_writable(directory: str | os.PathLike) -> None:
-    """Raises WriteError when a directory is none, or can't be written or made. Writes nothing."""
+    """Checks that a directory can be written, or made where it is missing. Writes nothing.
+
+    Raises:
+        WriteError: it can't, or the path is not a directory.
+    """
     path = Path(os.path.abspath(directory))
     with writing(directory):
         while True:
@@ -49,22 +53,25 @@ def require_writable(directory: str | os.PathLike) -> None:
             except FileNotFoundError:
                 path = path.parent
         if not path.is_dir():
-            raise NotADirectoryError(None, f"{path} is no directory")
+            raise NotADirectoryError(None, f"{path} is not a directory")
         if not os.access(path, os.W_OK | os.X_OK):
             read_only = os.statvfs(path).f_flag & os.ST_RDONLY
             raise OSError(None, f"{path} is on a read-only file system" if read_only else f"no permission in {path}")
 
 
 def load_tensors(path: str | os.PathLike) -> object:
-    """Tensors and plain containers of a file, on the CPU; nothing in it is run.
+    """Tensors and plain containers of a file, on the CPU. No code in the file is run.
+
+    Args:
+        path: a file of `torch.save`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it can't be read; the message, of one line, says what it seems to be.
+        ValueError: the file can't be read. The message is one line and says what the file seems to be.
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error says what matters
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # an error follows, which says more
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
@@ -73,7 +80,7 @@ def load_tensors(path: str | os.PathLike) -> object:
 
 
 def _why_unreadable(path: str | os.PathLike, error: Exception) -> str:
-    """torch's own words advise to run what is in the file."""
+    """What a file seems to be. The message of torch is not shown: it advises to run the code in the file."""
     try:
         with open(path, "rb") as file:
             head = file.read(512)
@@ -104,8 +111,29 @@ def _why_unreadable(path: str | os.PathLike, error: Exception) -> str:
     return "it is not a file of torch.save"
 
 
+def program(command: str) -> str:
+    """How a user starts a command of the package, the way this process was started.
+
+    Args:
+        command: a module of the package that is a command, with further words: "data check".
+    """
+    started = Path(sys.argv[0])
+    if started.name == "spade-fast":
+        return f"spade-fast {command}"
+    if started.name == "__main__.py" and started.parent.name == "spade_fast":
+        return f"python -m spade_fast {command}"
+    return f"python -m spade_fast.{command}"
+
+
 def run_command(main: Callable[[], int]) -> int:
-    """Exit status of a command whose output may be closed early (`| head`), or may not know every character."""
+    """Runs a command whose output may be closed early (`| head`), may not know every character, or that Ctrl-C ends.
+
+    Args:
+        main: the command; returns its exit status.
+
+    Returns:
+        The exit status: that of the command, 141 for a closed output, 130 for Ctrl-C.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -116,5 +144,8 @@ def run_command(main: Callable[[], int]) -> int:
             sys.stdout.flush()
     except BrokenPipeError:
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())  # so that Python's last flush does not fail again
+        os.dup2(null, sys.stdout.fileno())  # Python flushes once more at its end: that must not fail again
         return 141  # 128 + SIGPIPE, as of a program that the signal ends
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        return 130  # 128 + SIGINT

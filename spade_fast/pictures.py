@@ -19,14 +19,20 @@ _BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
 
 
 def colorize(label: torch.Tensor | np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] colors of a label map.
+    """The colors of a label map.
 
     Args:
-        label: [H, W] integers; the ignore value (any negative) is black.
+        label: integers [H, W]; pixels without a class (negative) are black.
         palette: uint8 [num_classes, 3].
 
+    Returns:
+        uint8 [H, W, 3].
+
     Raises:
-        ValueError: a label without a color, or a wrong shape.
+        ValueError: a label has no color, or an argument has a wrong shape.
+
+    >>> colorize(np.array([[0, -1]]), np.array([[9, 8, 7]])).tolist()
+    [[[9, 8, 7], [0, 0, 0]]]
     """
     label = np.asarray(label)
     palette = np.asarray(palette, dtype=np.uint8)
@@ -41,7 +47,17 @@ def colorize(label: torch.Tensor | np.ndarray, palette: np.ndarray) -> np.ndarra
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """uint8 [H, W, 3] of an image [3, H, W] in [-1, 1]: -1 is 0, 1 is 255, rounded; values outside are clipped."""
+    """An image as 8-bit pixels.
+
+    Args:
+        image: float [3, H, W] in [-1, 1]; values outside are clipped.
+
+    Returns:
+        uint8 [H, W, 3]: -1 becomes 0 and 1 becomes 255, rounded.
+
+    Raises:
+        ValueError: the shape is wrong.
+    """
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image must have shape [3, H, W], got {list(image.shape)}")
     scaled = (image.detach().float().cpu() + 1) * 127.5
@@ -51,10 +67,18 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
 def sheet(
     rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str] = (), captions: Sequence[str] = ()
 ) -> Image.Image:
-    """A contact sheet: rows of uint8 [H, W, 3] cells, a title over each column and a caption under each row.
+    """A contact sheet.
 
     Cells may differ in size: a column is as wide as its widest cell, a row as high as its highest. Where all are at
     most 80 pixels wide, they are shown enlarged by a whole number.
+
+    Args:
+        rows: the cells of each row, each uint8 [H, W, 3].
+        columns: a title over each column.
+        captions: a line under each row.
+
+    Raises:
+        ValueError: there is no cell.
     """
     if not rows or not any(len(row) for row in rows):
         raise ValueError("a sheet needs at least one row with one cell")
@@ -80,7 +104,7 @@ def sheet(
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """The text, its front cut off where it would not fit (the end of a path says more), in Latin-1 for the font."""
+    """A text that fits a width. Its front is cut off: the end of a path says more. The font knows only Latin-1."""
     text = text.encode("latin-1", "replace").decode("latin-1")
     if draw.textlength(text) <= width:
         return text
@@ -90,7 +114,15 @@ def _fit(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
 
 
 def save_png(picture: Image.Image | np.ndarray, path: str | Path) -> None:
-    """Writes a PNG, creating its directory. Raises WriteError when it can't be written."""
+    """Writes a PNG, and makes its directory.
+
+    Args:
+        picture: an image, or uint8 [H, W, 3].
+        path: the file.
+
+    Raises:
+        WriteError: the file can't be written.
+    """
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m spade_fast.synthesize`: images from label maps, with a trained or a released generator.
+"""Images from label maps, with a trained or a released generator: `spade-fast synthesize`.
 
-The generator runs in evaluation mode: batch normalization uses the running statistics of training, so an image does not
+The generator runs in evaluation mode: batch normalization uses the running statistics of training. An image does not
 depend on which others are made with it.
 """
 
@@ -11,9 +11,9 @@ import argparse
 import os
 import random
 import sys
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,39 +21,50 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from spade_fast import data, models, pictures
-from spade_fast.cli import ConfigError, pick_device
+from spade_fast.cli import ConfigError, parse, pick_device
+from spade_fast.data.options import migrate
 from spade_fast.data.reading import read_image
 from spade_fast.data.transforms import image_to_tensor
-from spade_fast.files import WriteError, one_line, require_writable, run_command, writing
+from spade_fast.files import WriteError, one_line, program, require_writable, run_command, writing
+from spade_fast.image_sizes import Resized, fit
 from spade_fast.labels.batch import batch_labels
 from spade_fast.models.checkpoint import (
-    FORMAT,
     WEIGHTS,
     CheckpointError,
+    find_checkpoint,
     load_encoder,
     load_generator,
-    resolve,
-    safe_load,
+    training_config,
 )
 from spade_fast.models.generator import UPSAMPLING_LAYERS
+from spade_fast.models.released import PRESETS
 from spade_fast.reference import NORMS
-from spade_fast.train.config import migrate, parse
 
-# What a checkpoint of this package knows of its data, and the command line may say otherwise.
-DATA_OPTIONS = ("dataset", "num_classes", "ignore_value", "shift_labels", "use_edges")
+# A checkpoint of this package knows these of its data. The command line may say otherwise.
+DATA_OPTIONS = ("num_classes", "ignore_value", "shift_labels", "use_edges")
+EXAMPLES = """\
+examples:
+  a folder of label maps, with a run of training:
+    {program} --checkpoint runs/mine --label-dir labels --out made
+  the authors' weights:
+    {program} --checkpoint latest_net_G.pth --preset coco --dataroot PATH --out made
+  three images of each label map, in the style of a photo:
+    {program} --checkpoint runs/vae --label-dir labels --samples 3 --style-image photo.jpg --out made
+"""
+GENERATOR_OPTIONS = ("crop_size", "aspect_ratio", "num_upsampling_layers", "norm")
 
 
-def open_maps(args: argparse.Namespace, generator: models.SPADEGenerator) -> data.SegmentationDataset:
-    """The label maps to synthesize from, at the generator's size; real images come along where they are asked for.
+def open_maps(args: argparse.Namespace) -> data.SegmentationDataset:
+    """The label maps to synthesize from. Real images come along where they are asked for.
 
-    Raises ConfigError when their channels are not the generator's.
+    Raises:
+        ConfigError: no dataset is given.
+        DataError: the dataset cannot be opened.
     """
-    name = args.dataset or ("folder" if args.label_dir else None)
-    if name is None:
+    if args.dataset is None and args.label_dir is None:
         raise ConfigError("what to synthesize from is not given: --dataset with --dataroot, or --label-dir")
-    height, width = generator.output_size
-    dataset = data.make_dataset(
-        name,
+    return data.make_dataset(
+        args.dataset or "folder",
         args.phase,
         dataroot=args.dataroot,
         image_dir=args.image_dir,
@@ -64,22 +75,9 @@ def open_maps(args: argparse.Namespace, generator: models.SPADEGenerator) -> dat
         shift_labels=bool(args.shift_labels),
         file_list=args.file_list,
         use_edges=args.use_edges,
-        crop_size=width,
-        load_size=width,
-        aspect_ratio=width / height,
-        preprocess=args.preprocess,
         flip=False,
         need_images=not args.labels_only and (args.label_dir is None or args.image_dir is not None),
     )
-    wanted = generator.options["label_nc"]
-    if dataset.label_nc != wanted:
-        edges = " + 1 instance-edge channel" if dataset.has_edges else " and no instance edges"
-        raise ConfigError(
-            f"the dataset {name} has {dataset.label_nc} channels ({dataset.num_classes} classes{edges}), but the "
-            f"checkpoint {args.checkpoint} was trained with {wanted} (label_nc): see --dataset, --num-classes and "
-            "--use-edges / --no-use-edges"
-        )
-    return dataset
 
 
 def draw_z(count: int, z_dim: int, seed: int, name: str) -> Tensor:
@@ -88,16 +86,24 @@ def draw_z(count: int, z_dim: int, seed: int, name: str) -> Tensor:
     return torch.randn(count, z_dim, generator=generator)
 
 
-def style_of(path: str, encoder: models.ConvEncoder, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(mu, logvar), each [1, z_dim], of a photo."""
-    image = image_to_tensor(np.asarray(read_image(os.path.expanduser(path))))[None].to(device)
-    with torch.inference_mode():
-        mu, logvar = encoder(image)
-    return mu.cpu(), logvar.cpu()
+def read_style(path: str) -> Tensor:
+    """A photo as float32 [1, 3, H, W] in [-1, 1].
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    return image_to_tensor(np.asarray(read_image(os.path.expanduser(path))))[None]
 
 
 def choose_z(count: int, noise: Tensor, style: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The z of each sample: the noise itself; with a style its posterior's mean, or draws from it for several."""
+    """The z of each image of one label map, [count, z_dim].
+
+    Args:
+        count: number of images.
+        noise: standard normal [count, z_dim].
+        style: (mu, logvar), each [1, z_dim], of the style photo's posterior. One image takes its mean, several are
+            draws from it. None takes the noise.
+    """
     if style is None:
         return noise
     mu, logvar = style
@@ -105,7 +111,7 @@ def choose_z(count: int, noise: Tensor, style: tuple[Tensor, Tensor] | None) -> 
 
 
 def unique_name(path: str, taken: set[str]) -> str:
-    """The file name without suffix; with the folder before it, or a number after it, where that is taken."""
+    """The file name without suffix. If that is taken, the folder stands before it or a number after it."""
     stem, parent = Path(path).stem, Path(path).parent.name
     for name in (stem, f"{parent}_{stem}"):
         if name not in taken:
@@ -115,50 +121,94 @@ def unique_name(path: str, taken: set[str]) -> str:
 
 def run(args: argparse.Namespace) -> Path:
     """Makes the images and the contact sheet; returns the sheet's path."""
+    # What needs no weights is checked first.
     device = pick_device(args.device)
     args.out = Path(os.path.expanduser(args.out))
     require_writable(args.out)
+    if args.encoder_checkpoint:
+        find_checkpoint(args.encoder_checkpoint)
     recall(args)
-    overrides = {
-        name: getattr(args, name)
-        for name in ("crop_size", "aspect_ratio", "num_upsampling_layers", "norm")
-        if getattr(args, name) is not None
-    }
-    generator = load_generator(args.checkpoint, args.weights, **overrides).to(device)
-    z_dim = generator.options["z_dim"]
-    if z_dim is None and (args.samples > 1 or args.style_image):
+    dataset = open_maps(args)
+    photo = read_style(args.style_image) if args.style_image else None
+
+    generator, style = load_networks(args, photo, device)
+    fit(dataset, generator, args)
+    with writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+    return synthesize(args, dataset, generator, style, device)
+
+
+def recall(args: argparse.Namespace) -> None:
+    """Fills what the command line leaves open with what the checkpoint was trained on, or with the preset's dataset."""
+    known = migrate(training_config(args.checkpoint))
+    if args.dataset is None:
+        args.dataset = args.preset
+    if args.dataset is None and args.label_dir is None:
+        args.dataset = known.get("dataset")
+    if args.dataset in (None, known.get("dataset")):
+        for name in DATA_OPTIONS:
+            if getattr(args, name) is None:
+                setattr(args, name, known.get(name))
+
+
+def load_networks(
+    args: argparse.Namespace, photo: Tensor | None, device: torch.device
+) -> tuple[models.SPADEGenerator, tuple[Tensor, Tensor] | None]:
+    """The generator, and (mu, logvar), each [1, z_dim], of the style photo.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be loaded.
+        ConfigError: options ask for a z that the generator does not have, or encoder and generator differ in z.
+    """
+    overrides = {name: getattr(args, name) for name in GENERATOR_OPTIONS if getattr(args, name) is not None}
+    generator = load_generator(args.checkpoint, args.weights, args.preset, **overrides).to(device)
+    if generator.z_dim is None and (args.samples > 1 or photo is not None):
         option = f"--samples {args.samples}" if args.samples > 1 else "--style-image"
         raise ConfigError(
             f"{option}: the generator in {args.checkpoint} starts from the label map and has no z, so there is one "
-            "image a map; train with --z-dim 256 or --use-vae"
+            "image per label map; train with --z-dim 256 or --use-vae"
         )
-    style = None
-    if args.style_image:
-        encoder = load_encoder(args.encoder_checkpoint or args.checkpoint).to(device)
-        if encoder.options["z_dim"] != z_dim:
-            raise ConfigError(
-                f"--encoder-checkpoint: the encoder's z_dim is {encoder.options['z_dim']}, the generator's {z_dim}"
-            )
-        style = style_of(args.style_image, encoder, device)
-    dataset = open_maps(args, generator)
+    if photo is None:
+        return generator, None
+    encoder = load_encoder(args.encoder_checkpoint or args.checkpoint).to(device)
+    if encoder.options["z_dim"] != generator.z_dim:
+        raise ConfigError(
+            f"--encoder-checkpoint: the encoder's z_dim is {encoder.options['z_dim']}, the generator's "
+            f"{generator.z_dim}"
+        )
+    with torch.inference_mode():
+        mu, logvar = encoder(photo.to(device))
+    return generator, (mu.cpu(), logvar.cpu())
 
-    with writing(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
+
+def synthesize(
+    args: argparse.Namespace,
+    dataset: data.SegmentationDataset,
+    generator: models.SPADEGenerator,
+    style: tuple[Tensor, Tensor] | None,
+    device: torch.device,
+) -> Path:
+    """Writes the images of every label map, and the contact sheet. Prints how many maps were resized, and why."""
     rows: list[list[np.ndarray]] = []
     captions: list[str] = []
     taken: set[str] = {"contact_sheet"}
+    resized = Resized(dataset, generator, args)
     for index in _progress(range(len(dataset))):
         sample = dataset[index]
         name = unique_name(sample["path"], taken)
         taken.add(name)
         labels = batch_labels(default_collate([sample]), dataset.num_classes, device)
-        z = None if z_dim is None else choose_z(args.samples, draw_z(args.samples, z_dim, args.seed, name), style)
+        z = None
+        if generator.z_dim is not None:
+            z = choose_z(args.samples, draw_z(args.samples, generator.z_dim, args.seed, name), style)
         made = []
         for k in range(args.samples):
-            with torch.inference_mode():
+            with torch.inference_mode(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "a label map of")  # `resized` says it
                 image = generator(labels, None if z is None else z[k : k + 1].to(device))
             made.append(pictures.to_uint8(image[0]))
             pictures.save_png(made[-1], args.out / (f"{name}.png" if args.samples == 1 else f"{name}_{k}.png"))
+        resized.note(sample, (made[-1].shape[0], made[-1].shape[1]))
         if len(rows) < args.sheet_rows:
             real = [pictures.to_uint8(sample["image"])] if "image" in sample else []
             rows.append([pictures.colorize(sample["label"], dataset.palette), *made, *real])
@@ -166,43 +216,40 @@ def run(args: argparse.Namespace) -> Path:
     titles = ["synthesized"] if args.samples == 1 else [f"sample {k}" for k in range(args.samples)]
     sheet = args.out / "contact_sheet.png"
     pictures.save_png(pictures.sheet(rows, ["label map", *titles, "real"], captions), sheet)
-    print(f"{len(dataset) * args.samples} images in {args.out}; contact sheet: {sheet}")
+    maps = f" ({resized.count} of {len(dataset)} label maps resized)" if resized.count else ""
+    print(f"{len(dataset) * args.samples} images in {args.out}{maps}; contact sheet: {sheet}")
     return sheet
-
-
-def recall(args: argparse.Namespace) -> None:
-    """Fills what the command line leaves open with what the checkpoint was trained on."""
-    loaded: Any = safe_load(resolve(args.checkpoint))
-    ours = isinstance(loaded, Mapping) and loaded.get("format") == FORMAT  # anything else is load_generator's to refuse
-    training = loaded.get("training") if ours else None
-    known = migrate(training.get("config") or {}) if isinstance(training, Mapping) else {}
-    if args.dataset is None and args.label_dir is None:
-        args.dataset = known.get("dataset")
-    same = args.dataset == known.get("dataset") or args.dataset is None
-    for name in DATA_OPTIONS[1:]:
-        if getattr(args, name) is None and same:
-            setattr(args, name, known.get(name))
 
 
 def _progress(items: Iterable[int]) -> Iterable[int]:
     try:
         from tqdm import tqdm
-    except ImportError:  # in the extra `train`; synthesis does without
+    except ImportError:  # it comes with the extra `train`
         return items
     return tqdm(items, unit="map")
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line of synthesis."""
     p = argparse.ArgumentParser(
-        prog="python -m spade_fast.synthesize", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog=program("synthesize"),
+        description="Makes images from label maps, with a trained or a released generator.",
+        epilog=EXAMPLES.format(program=program("synthesize")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument("--checkpoint", required=True, help="run directory, checkpoint, or released *_net_G.pth")
+    p.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="these are the authors' weights for a dataset: sets sizes, upsampling and --dataset",
+    )
     p.add_argument("--out", type=Path, required=True, help="directory for the images and contact_sheet.png")
     p.add_argument(
         "--weights",
         choices=WEIGHTS,
         default="auto",
-        help="moving average, or last; auto: the average if there is one",
+        help="ema: moving average; last: as trained last; auto: the average if there is one (default: auto)",
     )
     p.add_argument("--dataset", choices=data.DATASETS, help="kind of dataset (default: the checkpoint's)")
     p.add_argument("--dataroot", help="root directory of the dataset")
@@ -210,9 +257,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--label-dir", help="directory of label maps")
     p.add_argument("--instance-dir", help="directory of instance maps")
     p.add_argument("--image-dir", help="directory of real images, for the contact sheet")
-    p.add_argument("--file-list", help="text file naming the samples to use, one a line")
+    p.add_argument("--file-list", help="text file with the name of one sample on each line; only those are used")
     p.add_argument("--num-classes", type=int, help="number of label classes (default: the checkpoint's)")
-    p.add_argument("--ignore-value", type=int, help="label value that contributes nothing")
+    p.add_argument("--ignore-value", type=int, help="stored label value of pixels without a class")
     p.add_argument(
         "--shift-labels",
         action=argparse.BooleanOptionalAction,
@@ -220,22 +267,26 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--use-edges", action=argparse.BooleanOptionalAction, help="instance-edge channel")
     p.add_argument("--labels-only", action="store_true", help="do not read real images")
-    p.add_argument("--preprocess", choices=data.PREPROCESS_MODES, default="fixed", help="(default: fixed)")
-    p.add_argument("--samples", type=int, default=1, help="images a map, each of its own z")
-    p.add_argument("--seed", type=int, default=0, help="seed of z")
-    p.add_argument("--style-image", help="photo whose style the encoder puts into z")
+    p.add_argument(
+        "--preprocess",
+        choices=data.PREPROCESS_MODES,
+        help="how label maps are resized (default: a folder's keep their size where the generator can make it)",
+    )
+    p.add_argument("--samples", type=int, default=1, help="images per label map, each from another z (default: 1)")
+    p.add_argument("--seed", type=int, default=0, help="seed of z (default: 0)")
+    p.add_argument("--style-image", help="photo whose style the images take, by the encoder")
     p.add_argument("--encoder-checkpoint", help="run or *_net_E.pth with the encoder (default: --checkpoint)")
-    p.add_argument("--crop-size", type=int, help="width of the images; needed for a released file")
-    p.add_argument("--aspect-ratio", type=float, help="width / height, for a released file")
-    p.add_argument("--num-upsampling-layers", choices=tuple(UPSAMPLING_LAYERS), help="for a released file")
-    p.add_argument("--norm", choices=NORMS, help="for a released file")
-    p.add_argument("--sheet-rows", type=int, default=50, help="rows of the contact sheet at most (default: 50)")
+    p.add_argument("--crop-size", type=int, help="width of the images; sets the size of all")
+    p.add_argument("--aspect-ratio", type=float, help="width / height of the images")
+    p.add_argument("--num-upsampling-layers", choices=tuple(UPSAMPLING_LAYERS), help="for a bare state dict")
+    p.add_argument("--norm", choices=NORMS, help="for a bare state dict without batch norm")
+    p.add_argument("--sheet-rows", type=int, default=50, help="label maps on the contact sheet at most (default: 50)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 1 with a message."""
+    """Makes images. Returns the exit status: 0, or 1 with a message."""
     args, _ = parse(parser(), argv)
     try:
         for name in ("samples", "sheet_rows"):

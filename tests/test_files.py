@@ -203,7 +203,9 @@ OURS = {"format": "spade_fast.checkpoint/1"}
 )
 def test_a_checkpoint_that_holds_something_else(tmp_path, capsys, held):
     torch.save(held, tmp_path / "a.pth")
-    arguments = ["--checkpoint", str(tmp_path / "a.pth"), "--label-dir", "x", "--out", str(tmp_path / "o")]
+    Image.new("L", (32, 32)).save(tmp_path / "label.png")
+    arguments = ["--checkpoint", str(tmp_path / "a.pth"), "--label-dir", str(tmp_path), "--out", str(tmp_path / "o")]
+    arguments += ["--num-classes", "1"]
     assert synthesize(arguments) == 1
     assert last_line(capsys).startswith(f"error: {tmp_path}/a.pth ")
     with pytest.raises(VGGWeightsError, match="is not torchvision's VGG19"):
@@ -223,14 +225,14 @@ def test_one_value_a_channel_is_refused_before_training(tmp_path, capsys):
 @pytest.mark.parametrize("seed", [-1, 2**43, 2**64])
 def test_a_seed_that_does_not_fit_is_refused(seed):
     with pytest.raises(cfg.ConfigError, match="--seed must be"):
-        cfg.resolve(cfg.merge({}, {"preset": "synthetic", "seed": seed}))
+        cfg.resolve_config(cfg.merge({}, {"preset": "synthetic", "seed": seed}))
 
 
 def test_paths_are_absolute_and_know_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     options = {"dataroot": "~/d", "vgg_weights": "v.pth", "file_list": "~/l.txt", "label_dir": "l", "out": "~/run"}
-    config = cfg.resolve(cfg.merge({}, {"preset": "coco", **options}))
+    config = cfg.resolve_config(cfg.merge({}, {"preset": "coco", **options}))
     got = [config.dataroot, config.vgg_weights, config.file_list, config.label_dir, config.out]
     assert got == [str(tmp_path / name) for name in ("d", "v.pth", "l.txt", "l", "run")]
     assert RunDirectory("~/run").path == tmp_path / "run"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wheel: built without torch, compiler or network, with everything that is imported at run time."""
 
+import json
 import os
 import re
 import subprocess
@@ -51,7 +52,7 @@ def test_wheel_holds_every_module(wheel, source):
     names = set(wheel.namelist())
     modules = {p.relative_to(source).as_posix() for p in (source / "spade_fast").rglob("*.py")}
     modules |= {f"spade_fast/kernels/{p.name}" for p in (source / "kernels").glob("*.py")}
-    modules |= {f"spade_fast/csrc/{p.name}" for p in (source / "csrc").iterdir() if p.is_file()}
+    modules |= {f"spade_fast/csrc/{p.relative_to(source / 'csrc').as_posix()}" for p in (source / "csrc").rglob("*.*")}
     assert modules <= names
     assert "spade_fast/py.typed" in names
     # nothing at the top level but the package: `tests` or `benchmarks` would clash with other packages
@@ -63,7 +64,7 @@ def test_metadata(wheel):
     assert "License-Expression: Apache-2.0" in text
     assert "Requires-Python: >=3.10" in text
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", text, re.MULTILINE)
-    assert sorted(required) == ["ninja", "numpy", "pillow", "torch", "triton"]
+    assert sorted(required) == ["ninja", "numpy", "pillow", "pybind11", "torch", "triton"]
     assert set(re.findall(r"^Provides-Extra: (\w+)", text, re.MULTILINE)) >= {"train", "dev"}
 
 
@@ -103,6 +104,14 @@ def test_a_wheel_built_with_a_compiler_runs_its_cpp_ops(source, tmp_path):
     built = pip_wheel(source, tmp_path, dict(os.environ))
     assert "linux" in built.name
     assert run_installed(built, tmp_path, SPADE_FAST_BUILD="0") == ["cpp", "True"]
+    package = tmp_path / "site" / "spade_fast"
+    stamp = json.loads((package / "_C.json").read_text())
+    code = "from spade_fast.native import details; import json; print(json.dumps(details.about()))"
+    environment = {**os.environ, "PYTHONPATH": str(package.parent), "SPADE_FAST_BUILD": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    about = json.loads(done.stdout)
+    assert about["key"] == stamp["key"] and (about["cuda_kernels"] > 100) == bool(stamp["nvcc"])
 
 
 def test_an_sdist_installs_without_a_compiler_and_runs_on_torch(source, bare, tmp_path):
@@ -112,14 +121,18 @@ def test_an_sdist_installs_without_a_compiler_and_runs_on_torch(source, bare, tm
     sdist = source / done.stdout.split()[-1]
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
-    assert {f"{sdist.name.removesuffix('.tar.gz')}/csrc/{p.name}" for p in (source / "csrc").glob("*.c*")} <= set(names)
+    top = sdist.name.removesuffix(".tar.gz")
+    assert {f"{top}/{p.relative_to(source).as_posix()}" for p in (source / "csrc").rglob("*.*")} <= set(names)
     built = pip_wheel(sdist, tmp_path, bare)
     assert built.name.endswith("-py3-none-any.whl")
     assert run_installed(built, tmp_path, PATH="/nonexistent") == ["torch", "True"]
 
 
 def test_formatter_versions_agree():
-    """The pre-commit hook runs the version that the tests use."""
-    project = re.search(r'"ruff==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
-    hook = re.search(r"rev: v([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
-    assert project and hook and project[1] == hook[1]
+    """The pre-commit hooks and the configuration of clang-format name the versions that `make lint` uses."""
+    project = dict(re.findall(r'"(ruff|clang-format)==([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    assert set(project) == {"ruff", "clang-format"}
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    for tool, repository in (("ruff", "ruff-pre-commit"), ("clang-format", "mirrors-clang-format")):
+        assert re.findall(rf"/{repository}\s+rev: v([\d.]+)", hooks) == [project[tool]]
+    assert f"clang-format=={project['clang-format']}," in (ROOT / ".clang-format").read_text()

@@ -20,7 +20,7 @@ FLOORS = [  # a module imports from its own room and from lower floors
     {"labels"},
     {"layers"},
     {"functional", "models"},
-    {"fusion", "train"},
+    {"fusion", "image_sizes", "train"},
     {"spade_fast"},
     {"info", "quickstart", "synthesize", "__main__"},
 ]
@@ -40,6 +40,8 @@ MODULES = modules()
 
 
 def room(module: str) -> str:
+    if module.endswith(".__main__"):  # a command: nothing imports it but another command
+        return "__main__"
     return module.split(".")[1] if "." in module else module
 
 

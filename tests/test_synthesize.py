@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The synthesis command: which files it writes, what is in them, and what it says when checkpoint and data differ."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from spade_fast import LabelMap, models
+from spade_fast import LabelMap, load_generator, models, synthesize
 from spade_fast.models.checkpoint import FORMAT
 from spade_fast.pictures import to_uint8
 from spade_fast.synthesize import choose_z, draw_z, main, parser, recall, unique_name
@@ -132,7 +134,7 @@ def test_the_style_of_a_photo_changes_the_images(files, tmp_path):
 def test_what_a_checkpoint_lacks_is_said(files, tmp_path, capsys):
     run(files, tmp_path / "out", "plain", "--samples", "2", code=1)
     assert "--samples 2: the generator" in capsys.readouterr().err
-    run(files, tmp_path / "out", "plain", "--style-image", "x.png", code=1)
+    run(files, tmp_path / "out", "plain", "--style-image", str(files / "img/a.png"), code=1)
     assert "--style-image: the generator" in capsys.readouterr().err
     run(files, tmp_path / "out", "vae", "--style-image", "x.png", "--encoder-checkpoint", "nowhere.pt", code=1)
     assert "nowhere.pt" in capsys.readouterr().err
@@ -209,3 +211,111 @@ def test_names_that_meet_stay_apart():
         assert unique_name(path, taken) == name
         taken.add(name)
     assert unique_name("x/contact_sheet.png", {"contact_sheet"}) == "x_contact_sheet"
+
+
+# The size of the images
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """Label maps of 64×96, 60×40 and 32×32 pixels (height×width)."""
+    folder = tmp_path_factory.mktemp("sizes") / "label"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for name, size in (("a", (64, 96)), ("b", (60, 40)), ("c", (32, 32))):
+        Image.fromarray(rng.integers(0, 3, size).astype(np.uint8)).save(folder / f"{name}.png")
+    return folder
+
+
+def shapes(made):
+    return {name: image.shape[:2] for name, image in made.items() if name != "contact_sheet.png"}
+
+
+def test_a_folders_images_have_the_size_of_their_maps_or_a_line_says_why_not(files, sizes, tmp_path, capsys, recwarn):
+    made = run(files, tmp_path / "out", "plain", "--label-dir", str(sizes))
+    assert shapes(made) == {"a.png": (64, 96), "b.png": (32, 32), "c.png": (32, 32)}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert re.match(r".*/b\.png is resized from 40×60 to 32×32 pixels \(width×height\): ", lines[0])
+    assert "(1 of 3 label maps resized)" in lines[1]
+    assert "multiples of 32" in lines[0] and "--preprocess none" in lines[0]
+    assert not [w for w in recwarn if "label map" in str(w.message)]
+    generator = load_generator(files / "plain.pt")
+    for name, size in (("a", None), ("b", (32, 32))):
+        stored = Image.open(sizes / f"{name}.png")
+        ids = np.array(stored if size is None else stored.resize(size, Image.Resampling.NEAREST))
+        with torch.no_grad():
+            expected = to_uint8(generator(LabelMap(torch.from_numpy(ids).long()[None], 3))[0])
+        assert np.abs(made[f"{name}.png"].astype(int) - expected).max() <= 1  # a gray level: rounding
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "options", "b", "why", "count"),
+    [
+        ("plain", ["--crop-size", "64"], (64, 64), "a.png is .* to 64×64 .*: the command line gives the size", 3),
+        ("plain", ["--preprocess", "none"], (64, 32), None, 0),
+        ("plain", ["--preprocess", "fixed"], (32, 32), None, 0),
+        ("plain", ["--preprocess", "scale_width"], (32, 32), "a.png is .*from 32×21 .*no multiples of 32", 2),
+        ("vae", [], (32, 32), "a.png is .* to 32×32.*starts from z", 2),
+    ],
+)
+def test_options_that_set_the_size(files, sizes, tmp_path, capsys, checkpoint, options, b, why, count):
+    made = run(files, tmp_path / "out", checkpoint, "--label-dir", str(sizes), *options)
+    assert shapes(made)["b.png"] == b
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == (why is not None)
+    assert why is None or re.search(why, lines[0])
+    assert (f"({count} of 3 label maps resized)" in last) == (count > 0) == ("resized" in last)
+
+
+def test_a_dataset_of_the_paper_is_made_at_the_papers_size(tmp_path, capsys):
+    net = models.SPADEGenerator(183, ngf=1, crop_size=32)
+    torch.save({"format": FORMAT, "generator": entry(net)}, tmp_path / "net.pt")
+    (tmp_path / "val_label").mkdir()
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "val_label/a.png")
+    argv = ["--checkpoint", str(tmp_path / "net.pt"), "--dataset", "flickr", "--dataroot", str(tmp_path)]
+    for more, size in (([], 32), (["--preprocess", "none"], 64)):
+        assert main([*argv, *more, "--labels-only", "--out", str(tmp_path / "out")]) == 0
+        said = "the paper tests flickr at one size; --preprocess none" in capsys.readouterr().out
+        assert (Image.open(tmp_path / "out/a.png").size, said) == ((size, size), not more)
+
+
+def test_a_preset_names_released_weights_and_their_dataset(tmp_path, capsys):
+    torch.manual_seed(0)
+    net = models.SPADEGenerator(183, ngf=1).eval()
+    models.init_weights(net, "glorot", gain=1.0)
+    torch.save(net.state_dict(), tmp_path / "latest_net_G.pth")
+    (tmp_path / "val_label").mkdir()
+    values = np.random.default_rng(0).choice([0, 181, 255], (256, 256)).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "val_label/a.png")
+    argv = ["--checkpoint", str(tmp_path / "latest_net_G.pth"), "--dataroot", str(tmp_path), "--labels-only"]
+    argv += ["--no-use-edges", "--out", str(tmp_path / "out")]
+    assert main([*argv, "--preset", "coco"]) == 0
+    classes = torch.from_numpy(np.where(values == 255, 182, values)).long()
+    with torch.no_grad():
+        expected = to_uint8(net(LabelMap(classes[None], 183))[0])
+    assert np.abs(np.asarray(Image.open(tmp_path / "out/a.png")).astype(int) - expected).max() <= 1
+    assert expected.std() > 5
+    capsys.readouterr()
+    assert main([*argv, "--preset", "coco", "--num-upsampling-layers", "more"]) == 1
+    assert "preset 'coco', which is for num_upsampling_layers 'normal'" in capsys.readouterr().err
+    assert main([*argv, "--dataset", "coco"]) == 1
+    assert "--preset coco" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--label-dir", "nowhere"], "nowhere: no such folder"),
+        (["--image-dir", "nowhere"], "nowhere: no such folder"),
+        (["--file-list", "nowhere"], "nowhere: cannot read the file list"),
+        (["--style-image", "nowhere"], "nowhere: cannot read this image"),
+        (["--encoder-checkpoint", "nowhere"], "no checkpoint at nowhere"),
+        (["--device", "nowhere"], "--device nowhere"),
+    ],
+)
+def test_paths_are_checked_before_weights_are_loaded(files, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.setattr(synthesize, "load_generator", lambda *_: pytest.fail("weights were loaded"))
+    run(files, tmp_path / "out", "vae", *options, code=1)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -5,24 +5,26 @@
     dataroot/annotations/training/ADE_train_*.png   0 = unknown, 1..150
     dataroot/sceneCategories.txt                    "ADE_train_00000001 airport_terminal", for the subset
 
-A label is the class it is stored as, 0..150, with unknown (or none of the 150) as class 0 of its own. The authors'
-networks were trained, released and tested so; their code moves labels down by one only in a copy that it drops.
-shift_labels makes label v class v - 1 and unknown class 150, as earlier versions of this package did by default.
+The stored label value is the class, 0..150. Class 0 is unknown, or none of the 150. The authors' networks were trained,
+released and tested this way: their code moves labels down by one only in a copy that it drops.
+The option shift_labels makes label v class v - 1, and unknown class 150.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from .base import Spec
 from .palettes import distinct_colors
 from .reading import DataError
+from .spec import Defaults, Request, Spec
 
-DEFAULTS = {"num_classes": 151, "use_edges": False, "preprocess": "resize_and_crop", "crop_size": 256}
+NUM_CLASSES = 151
+DEFAULTS = Defaults(NUM_CLASSES, use_edges=False)
 _FOLDERS = {"train": "training", "val": "validation"}
 
-# Scenes under the open sky, by their names in sceneCategories.txt. The list is ours: the subset of Qi et al. (SIMS)
-# used in the paper is a list of files, which a file list can give.
+# Scenes under the open sky, by their names in sceneCategories.txt. The choice of scenes is this package's own.
+# The paper uses the subset of Qi et al. (SIMS), a list of files: pass it as the file list.
 OUTDOOR_SCENES = frozenset(
     """
     alley amphitheater apartment_building_outdoor aqueduct arch archaelogical_excavation badlands
@@ -56,13 +58,26 @@ OUTDOOR_SCENES = frozenset(
 
 
 def stored_values(shift_labels: bool) -> dict[int, int]:
-    """Stored label value (0 = unknown) -> class."""
+    """The class of each stored label value; the stored 0 is unknown."""
     if shift_labels:
         return {0: 150, **{value: value - 1 for value in range(1, 151)}}
     return {value: value for value in range(151)}
 
 
-def outdoor_names(root: Path) -> set[str]:
+def keep_outdoor(request: Request) -> Callable[[str], bool]:
+    """Whether a sample of a name is of the outdoor subset.
+
+    Raises:
+        DataError: dataroot is not given, or its sceneCategories.txt is missing or malformed.
+    """
+    root = request.folder("dataroot")
+    if root is None:
+        raise DataError("dataset ade20k-outdoor: needs --dataroot, for sceneCategories.txt, or --file-list")
+    names = _outdoor_names(root)
+    return lambda name: name.rpartition("/")[2] in names
+
+
+def _outdoor_names(root: Path) -> set[str]:
     """Names of the outdoor samples, by sceneCategories.txt."""
     path = root / "sceneCategories.txt"
     try:
@@ -82,16 +97,16 @@ def outdoor_names(root: Path) -> set[str]:
     return names
 
 
-def spec(name: str, phase: str, root: Path | None, shift_labels: bool) -> Spec:
-    """Files of "ade20k"; samples of the subset are chosen by their names."""
-    base = root or Path()
+def spec(request: Request, phase: str) -> Spec:
+    """Files of "ade20k". The samples of "ade20k-outdoor" are chosen among them by `keep_outdoor`."""
+    root = request.folder("dataroot") or Path()
     return Spec(
-        name=name,
-        num_classes=DEFAULTS["num_classes"],
-        palette=distinct_colors(DEFAULTS["num_classes"]),
+        name=request.dataset,
+        num_classes=NUM_CLASSES,
+        palette=distinct_colors(NUM_CLASSES),
         class_names=None,
-        classes=stored_values(shift_labels),
-        image_dir=base / "images" / _FOLDERS[phase],
-        label_dir=base / "annotations" / _FOLDERS[phase],
-        instance_dir=None,
+        classes=stored_values(request.shift_labels),
+        image_dir=request.folder("image_dir") or root / "images" / _FOLDERS[phase],
+        label_dir=request.folder("label_dir") or root / "annotations" / _FOLDERS[phase],
+        instance_dir=request.folder("instance_dir"),
     )

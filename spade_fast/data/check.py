@@ -1,28 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m spade_fast.data check`: reads every file of a dataset and lists every fault."""
+"""Reads every file of a dataset and lists every fault. The command is in `spade_fast.data.__main__`."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from spade_fast.train import config as training
-
-from . import PHASES, make_dataset
-from .base import FileDataset, SegmentationDataset
+from .base import FileDataset, Inspection, SegmentationDataset
+from .options import DataOptions, open_dataset, phases_are_one
 from .reading import DataError
 
-_DATA_OPTIONS = (
-    "dataroot image_dir label_dir instance_dir num_classes ignore_value shift_labels file_list use_edges crop_size "
-    "load_size aspect_ratio preprocess seed"
-).split()
 
-
-def _progress(items: Iterable, total: int, label: str) -> Iterator:
+def _progress(items: Iterable[Inspection], total: int, label: str) -> Iterator[Inspection]:
     try:
         from tqdm import tqdm
     except ImportError:
@@ -32,8 +24,14 @@ def _progress(items: Iterable, total: int, label: str) -> Iterator:
 
 @dataclasses.dataclass
 class Scan:
-    """What a dataset holds: faults, warnings, pixels of each class int64 [num_classes], samples in which each class
-    occurs int64 [num_classes]."""
+    """What a dataset holds.
+
+    Attributes:
+        faults: a message for each fault; training would end with it.
+        warnings: a message for each thing that may be wrong.
+        pixels: int64 [num_classes], pixels of each class.
+        samples: int64 [num_classes], samples in which each class occurs.
+    """
 
     faults: list[str]
     warnings: list[str]
@@ -46,13 +44,15 @@ def scan(dataset: SegmentationDataset, workers: int = 0, label: str = "check") -
 
     Args:
         dataset: what to read.
-        workers: threads that read; decoding runs beside Python.
-        label: of the progress bar.
+        workers: threads that read; Pillow decodes without Python's lock.
+        label: stands before the progress bar.
     """
     faults = [*getattr(dataset, "absent", ()), *getattr(dataset, "faults", ())]
     pixels = np.zeros(dataset.num_classes, dtype=np.int64)
     samples = np.zeros(dataset.num_classes, dtype=np.int64)
-    seen: dict[int, tuple[tuple[int, int, int], str]] = {}  # stored value -> its color in the first file that has it
+    seen: dict[
+        int, tuple[tuple[int, int, int], str | None]
+    ] = {}  # stored value -> its color in the first file that has it
     differing: dict[int, str] = {}
     total = len(dataset) + len(getattr(dataset, "incomplete", ()))  # files without a partner may have other faults too
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -78,7 +78,7 @@ def scan(dataset: SegmentationDataset, workers: int = 0, label: str = "check") -
 
 
 def histogram(dataset: SegmentationDataset, pixels: np.ndarray, samples: np.ndarray) -> list[str]:
-    """Lines with the share of pixels and the number of samples of each class, the commonest first."""
+    """Lines with the share of pixels and the number of samples of each class, the most frequent class first."""
     total = max(int(pixels.sum()), 1)
     lines = [f"{'class':>7}  {'pixels':>8}  {'samples':>7}  name"]
     for number in np.argsort(-pixels, kind="stable"):
@@ -91,39 +91,32 @@ def histogram(dataset: SegmentationDataset, pixels: np.ndarray, samples: np.ndar
     return lines
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 without faults, 1 with."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spade_fast.data check",
-        description="Reads every file of a dataset and lists every fault. Takes the options of training.",
-    )
-    training.add_arguments(parser)
-    parser.add_argument("--config", metavar="FILE", help="options of a training run, as JSON")
-    parser.add_argument("--phase", choices=(*PHASES, "all"), default="all", help="what to read (default: all)")
-    parser.add_argument("--labels-only", action="store_true", help="without images, as for synthesis")
-    args, given = training.parse(parser, argv)
-    try:
-        options = training.merge(training.read_file(args.config) if args.config else {}, given)
-    except training.ConfigError as error:
-        parser.error(str(error))
-    values = {key: value for key, value in dataclasses.asdict(options).items() if key in _DATA_OPTIONS}
-    phases = PHASES if args.phase == "all" else (args.phase,)
-    if options.dataset == "folder" and options.dataroot is None:
-        phases = phases[:1]  # the folders are the same in both
-    number, told = 0, set()
+def run(options: DataOptions, phases: Sequence[str], need_images: bool = True) -> int:
+    """Prints what each phase of a dataset holds.
+
+    Args:
+        options: which dataset.
+        phases: "train", "val" or both.
+        need_images: False to read label maps alone.
+
+    Returns:
+        The number of faults.
+    """
+    if options.val_split is not None or phases_are_one(options):
+        options = dataclasses.replace(options, val_split=None)
+        phases = phases[:1]  # both read the same files
+    number, told = 0, set[str]()
     for phase in phases:
-        number += _check_phase(options, phase, not args.labels_only, values, told)
+        number += _check_phase(options, phase, need_images, told)
     print(f"{number} faults" if number != 1 else "1 fault")
-    return int(number > 0)
+    return number
 
 
-def _check_phase(options: training.TrainConfig, phase: str, need_images: bool, values: dict, told: set[str]) -> int:
-    """Print what one phase holds, but for faults told already; returns its number of faults."""
+def _check_phase(options: DataOptions, phase: str, need_images: bool, told: set[str]) -> int:
+    """Prints what one phase holds, without the faults in `told`, and adds to them. Returns its number of faults."""
     print(f"{options.dataset}, {phase}:")
     try:
-        dataset = make_dataset(
-            options.dataset, phase, need_images=need_images, size=options.synthetic_size, strict=False, **values
-        )
+        dataset = open_dataset(options, phase, need_images=need_images, strict=False)
     except DataError as error:
         print(f"fault: {error}")
         return 1

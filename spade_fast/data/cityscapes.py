@@ -10,15 +10,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from .base import Spec
 from .palettes import distinct_colors
+from .spec import Defaults, Key, Request, Spec
 
-DEFAULTS = {"num_classes": 35, "use_edges": True, "preprocess": "fixed", "crop_size": 512, "aspect_ratio": 2.0}
+NUM_CLASSES = 35
+DEFAULTS = Defaults(NUM_CLASSES, use_edges=True, crop_size=512, preprocess="fixed", aspect_ratio=2.0)
 
 # Names and colors of the Cityscapes label definitions, by id.
 _CLASSES = [
@@ -45,22 +45,23 @@ def palette() -> np.ndarray:
     return colors
 
 
-def _without(ending: str) -> Callable[[str], str | None]:
+def _without(ending: str) -> Key:
+    """A key: the name without its ending, which files of the kind have."""
     return lambda stem: stem[: -len(ending)] if stem.endswith(ending) else None
 
 
-def spec(name: str, phase: str, root: Path | None) -> Spec:
+def spec(request: Request, phase: str) -> Spec:
     """Files of "cityscapes"."""
-    base = root or Path()
+    root = request.folder("dataroot") or Path()
     return Spec(
-        name=name,
-        num_classes=DEFAULTS["num_classes"],
+        name=request.dataset,
+        num_classes=NUM_CLASSES,
         palette=palette(),
         class_names=list(CLASS_NAMES),
         classes={value: value for value in range(34)},
-        image_dir=base / "leftImg8bit" / phase,
-        label_dir=base / "gtFine" / phase,
-        instance_dir=base / "gtFine" / phase,
+        image_dir=request.folder("image_dir") or root / "leftImg8bit" / phase,
+        label_dir=request.folder("label_dir") or root / "gtFine" / phase,
+        instance_dir=request.folder("instance_dir") or root / "gtFine" / phase,
         image_key=_without("_leftImg8bit"),
         label_key=_without("_gtFine_labelIds"),
         instance_key=_without("_gtFine_instanceIds"),

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .base import Spec
 from .palettes import distinct_colors
+from .spec import Defaults, Request, Spec
 
 UNKNOWN = 182
-DEFAULTS = {"num_classes": 183, "use_edges": True, "preprocess": "resize_and_crop", "crop_size": 256}
-FLICKR_DEFAULTS = {**DEFAULTS, "use_edges": False}
+NUM_CLASSES = 183
+DEFAULTS = Defaults(NUM_CLASSES, use_edges=True)
+FLICKR_DEFAULTS = Defaults(NUM_CLASSES, use_edges=False)
 
 # COCO-Stuff's labels.txt, ids 1..182, here 0..181. Things that were never annotated (hat, shoe, ...) keep a number.
 CLASS_NAMES = [
@@ -42,24 +43,25 @@ CLASS_NAMES = [
 
 
 def stored_values() -> dict[int, int]:
-    """Stored label value -> class."""
+    """The class of each stored label value."""
     return {**{value: value for value in range(UNKNOWN)}, 255: UNKNOWN}
 
 
-def spec(name: str, phase: str, root: Path | None) -> Spec:
+def spec(request: Request, phase: str) -> Spec:
     """Files of "coco", or of "flickr": the same folders without instances.
 
     Flickr Landscapes has no labels of its own: the paper predicts them with a DeepLab trained on COCO-Stuff. Its
-    photographs cannot be redistributed, so both the images and the label maps are the user's to make.
+    photographs cannot be redistributed. The user makes both the images and the label maps.
     """
-    base = root or Path()
+    root = request.folder("dataroot") or Path()
+    instances = root / f"{phase}_inst" if request.dataset == "coco" else None
     return Spec(
-        name=name,
-        num_classes=DEFAULTS["num_classes"],
-        palette=distinct_colors(DEFAULTS["num_classes"]),
+        name=request.dataset,
+        num_classes=NUM_CLASSES,
+        palette=distinct_colors(NUM_CLASSES),
         class_names=list(CLASS_NAMES),
         classes=stored_values(),
-        image_dir=base / f"{phase}_img",
-        label_dir=base / f"{phase}_label",
-        instance_dir=base / f"{phase}_inst" if name == "coco" else None,
+        image_dir=request.folder("image_dir") or root / f"{phase}_img",
+        label_dir=request.folder("label_dir") or root / f"{phase}_label",
+        instance_dir=request.folder("instance_dir") or instances,
     )

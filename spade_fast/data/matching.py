@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files belong together, which ones a file list names, and words for those that do not match."""
+"""Which files belong together, which ones a file list names, and hints about files that do not match."""
 
 from __future__ import annotations
 
@@ -12,18 +12,28 @@ from pathlib import Path
 
 from .reading import IMAGE_SUFFIXES, LABEL_SUFFIXES, DataError, list_files
 
-_FEW = 200  # names that are compared for a common difference
+_FEW = 200  # at most this many names are compared to find a common difference
 
 
 def normal(name: str) -> str:
-    """The composed form of a name: systems differ in how they store an accent."""
+    """The composed form (NFC) of a name: file systems differ in how they store an accent."""
     return unicodedata.normalize("NFC", name)
 
 
 def keyed(
     folder: Path, suffixes: frozenset[str], key: Callable[[str], str | None]
 ) -> tuple[dict[str, str], list[str], dict[str, str]]:
-    """Files of a folder by key; a fault for each file whose key another has already; files of other suffixes by key."""
+    """The files of a folder by their keys.
+
+    Args:
+        folder: where to look, also in the folders below.
+        suffixes: endings of the files to take.
+        key: from a relative path without suffix to the key; None for a file to leave out.
+
+    Returns:
+        The path of each key; a message for each file whose key another file has already; and the path of each key
+        among the files with other endings.
+    """
     files: dict[str, str] = {}
     others: dict[str, str] = {}
     faults = []
@@ -43,7 +53,7 @@ def keyed(
 
 
 def other_kind(path: str, kind: str) -> str:
-    """Why a file of the right name is not taken."""
+    """A hint: why a file of the right name is not taken as a file of its kind."""
     suffix = os.path.splitext(path)[1].lower() or "no ending"
     if kind != "image" and suffix in (".jpg", ".jpeg", ".webp"):
         what = "JPEG" if suffix != ".webp" else "WebP"
@@ -56,7 +66,7 @@ def _endings(kind: str) -> str:
 
 
 def none_found(others: dict[str, str], kind: str) -> str:
-    """What a folder without files of a kind holds instead; empty if nothing."""
+    """A hint: what a folder without files of a kind holds instead; empty if it holds nothing."""
     if not others:
         return ""
     counts = Counter(os.path.splitext(path)[1].lower() or "no ending" for path in others.values())
@@ -66,7 +76,16 @@ def none_found(others: dict[str, str], kind: str) -> str:
 
 
 def difference(names: Iterable[str], others: Iterable[str], kind: str, other: str) -> str:
-    """How two sets of unmatched names seem to correspond: by case, or by another end or start; empty if not at all."""
+    """A hint: how the unmatched names of two kinds of files seem to differ; empty if no rule is found.
+
+    The rules are upper and lower case, another end, and another start.
+
+    Args:
+        names: unmatched names of the first kind.
+        others: unmatched names of the second kind.
+        kind: what the first kind is called.
+        other: what the second kind is called.
+    """
     names, others = sorted(names)[:_FEW], sorted(others)[:_FEW]
     if {name.casefold() for name in names} & {name.casefold() for name in others}:
         return f"; names of {kind}s and {other}s differ in upper and lower case: rename one of them"
@@ -80,28 +99,31 @@ def difference(names: Iterable[str], others: Iterable[str], kind: str, other: st
                 pairs[turn(name[shared:]), turn(best[shared:])] += 1
         if pairs:
             (first, second), count = pairs.most_common(1)[0]
-            # Names that merely begin alike differ each in its own way, and a number tells samples apart.
+            # The rule must hold for most names. A number is no rule: it tells samples apart.
             alike = 2 * count > len(names) and (count > 1 or not first or not second)
             if alike and not first.isdecimal() and not second.isdecimal():
                 have = f"{other}s have {second!r} at the {where} of their names"
-                have += f", {kind}s {first!r}" if first else f", {kind}s have not" if second else ""
+                have += f", {kind}s have {first!r}" if first else f", {kind}s do not" if second else ""
                 return f"; {have}: rename the files so that only .png, .jpg and the like differ"
     return ""
 
 
 def _common(a: str, b: str) -> int:
-    """Characters at the start of both."""
+    """How many characters at the start two texts have in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class FileList:
-    """The samples that a text file names, one a line; a name given twice counts once.
+    """The samples that a text file names, one on each line. A name given twice counts once.
 
     A name may have a suffix of images or label maps, and folders before it. The file is UTF-8, with or without a
     byte-order mark.
 
+    Args:
+        path: the file; ~ is the home directory.
+
     Raises:
-        DataError: it can't be read, is no UTF-8 text, or names nothing.
+        DataError: the file can't be read, is no UTF-8 text, or names nothing.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -114,18 +136,21 @@ class FileList:
             ) from error
         if b"\0" in data:
             raise DataError(f"{path}: cannot read the file list: it is not UTF-8 text (UTF-16, or no text at all)")
-        # Names on disk that are no UTF-8 are strings of the same kind.
+        # Python reads names on disk that are not UTF-8 with the same error handler, and they compare equal.
         text = data.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
         self.lines = [(i, normal(line)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         if not self.lines:
             raise DataError(f"{path}: the file list names no sample")
 
     def choose(self, keys: Iterable[str], shorten: Iterable[Callable[[str], str | None]]) -> tuple[set[str], list[str]]:
-        """(keys that are named, a fault for each line whose name is no key).
+        """The samples that the list names.
 
         Args:
             keys: names of all samples.
             shorten: functions from a file's name without suffix to its key.
+
+        Returns:
+            The keys that are named, and a message for each line whose name is no key.
         """
         by_last: dict[str, list[str]] = {}
         for key in keys:
@@ -144,8 +169,8 @@ class FileList:
 
     @staticmethod
     def _readings(line: str, shorten: Iterable[Callable[[str], str | None]]) -> Iterable[str]:
-        """What a line may mean, the likeliest first: a name with dots in it is no name with a suffix."""
-        bare = line.strip()  # a space at an end is rarely part of the name
+        """The names that a line may mean, the likeliest first. An unknown ending after a dot is part of the name."""
+        bare = line.strip()  # spaces at the ends are rarely part of a name
         for path in dict.fromkeys((line, bare, bare.replace("\\", "/"))):
             stem, suffix = os.path.splitext(path)
             stems = [path, stem] if suffix.lower() in IMAGE_SUFFIXES | LABEL_SUFFIXES else [path]
@@ -155,6 +180,7 @@ class FileList:
 
     @staticmethod
     def _find(name: str, by_last: dict[str, list[str]]) -> list[str]:
+        """The keys that end in a name; else the longest key that the name ends in."""
         name = name.removeprefix("./")
         candidates = by_last.get(name.rsplit("/", 1)[-1], [])
         below = [key for key in candidates if key == name or key.endswith("/" + name)]

@@ -7,10 +7,19 @@ import numpy as np
 
 
 def distinct_colors(count: int) -> np.ndarray:
-    """A color for each of `count` classes, all different: uint8 [count, 3].
+    """A different color for each class: the Pascal VOC color map.
 
-    The Pascal VOC color map: the bits of the class number are dealt to R, G and B from the highest bit of each down,
-    which is a bijection of 24-bit numbers.
+    The bits of the class number go to red, green and blue in turn, and fill each from its highest bit down. This is a
+    bijection of 24-bit numbers.
+
+    Args:
+        count: number of classes, at most 2^24.
+
+    Returns:
+        uint8 [count, 3].
+
+    >>> distinct_colors(3).tolist()
+    [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
     """
     numbers = np.arange(count, dtype=np.int64)
     colors = np.zeros((count, 3), dtype=np.int64)

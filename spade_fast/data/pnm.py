@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label maps in the Netpbm formats (PBM, PGM), with the values as stored: Pillow stretches them to 0..255."""
+"""Label maps in the Netpbm formats PBM and PGM, with the values as stored. (Pillow stretches them to 0..255.)"""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ def is_gray(data: bytes) -> bool:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """The values of a PBM or PGM, int32 [H, W]: none is scaled, and PBM's 1 (black) is 1. 16 bits are big-endian.
+    """The values of a PBM or PGM. None is scaled. A PBM's 1 (black) is 1. Values of 16 bits are big-endian.
+
+    Args:
+        data: the whole file.
+
+    Returns:
+        int32 [H, W].
 
     Raises:
         ValueError: the header is wrong, or there are fewer pixels than it says.
@@ -34,17 +40,17 @@ def decode(data: bytes) -> np.ndarray:
     if maxval > 65535:
         raise ValueError(f"its maxval is {maxval}, above 65535")
     count = width * height
+    values: np.ndarray
     if kind in (b"P1", b"P2"):
         text = re.sub(rb"#[^\r\n]*", b"", data[position:])
         words = re.findall(rb"[01]", text) if kind == b"P1" else text.split()
         values = np.array(words[:count], dtype="S").astype(np.int64) if words else np.zeros(0, np.int64)
     elif kind == b"P4":
         row = -(-width // 8)
-        bits = np.frombuffer(data, np.uint8, offset=position + 1)[: row * height]
-        count = row * height
-        values = bits
-        if len(bits) == count:
-            return np.unpackbits(bits.reshape(height, row), axis=1)[:, :width].astype(np.int32)
+        values = np.frombuffer(data, np.uint8, offset=position + 1)[: row * height]
+        count = row * height  # bytes, for the message below
+        if len(values) == count:
+            return np.unpackbits(values.reshape(height, row), axis=1)[:, :width].astype(np.int32)
     else:
         size = 2 if maxval > 255 else 1
         body = data[position + 1 :][: count * size]

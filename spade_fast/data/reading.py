@@ -18,7 +18,7 @@ IGNORE = -1
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".pnm", ".bmp", ".tif", ".tiff", ".webp"})
 LABEL_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".pgm", ".pbm", ".pnm", ".gif"})
 MAX_PIXELS = "SPADE_FAST_MAX_PIXELS"
-"""Environment variable: pixels a file may have, where Pillow's own limit is too low."""
+"""Environment variable: how many pixels a file may have. Pillow's own limit applies where it is not set."""
 
 _INDEX_MODES = frozenset({"L", "P", "1", "I", "I;16", "I;16B", "I;16L"})
 _DECODE_ERRORS = (
@@ -39,13 +39,14 @@ def _allow_pixels() -> None:
     if given is not None:
         if not given.isdecimal() or int(given) == 0:
             raise DataError(f"{MAX_PIXELS} must be a number of pixels, got {given!r}")
-        Image.MAX_IMAGE_PIXELS = int(given)  # Pillow's own setting: it warns from here, and refuses twice as many
+        Image.MAX_IMAGE_PIXELS = int(given)  # Pillow warns above this many pixels, and refuses twice as many
 
 
 def _open(path: str | os.PathLike, what: str) -> Image.Image:
+    """A decoded image. Raises DataError, which says what the file is, when it cannot be read."""
     _allow_pixels()
     try:
-        # An open file, because Pillow maps a named uncompressed TIFF into memory and then scrambles a rotated one.
+        # Pillow gets an open file: it maps an uncompressed TIFF that it gets by name, and scrambles a rotated one.
         with open(path, "rb") as file:
             image = Image.open(file)
             if what != "image":
@@ -67,7 +68,7 @@ def _open(path: str | os.PathLike, what: str) -> Image.Image:
 
 
 def _tiff_kind(path: str | os.PathLike) -> str | None:
-    """The pixels of a TIFF that Pillow cannot read, in words; None for any other file."""
+    """What the pixels of a TIFF are that Pillow cannot read, in words; None for any other file."""
     try:
         with open(path, "rb") as file:
             tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
@@ -82,9 +83,9 @@ def _tiff_kind(path: str | os.PathLike) -> str | None:
 
 
 def _one_picture(image: Image.Image, path: str | os.PathLike, what: str) -> None:
-    """Smaller copies of the same picture, as some TIFFs have, do not count."""
+    """Raises DataError when the file holds several pictures. Smaller copies, as some TIFFs have, do not count."""
     count = getattr(image, "n_frames", 1)
-    if count > 1 and image.format == "TIFF":
+    if count > 1 and isinstance(image, TiffImagePlugin.TiffImageFile):
         pages = range(1, count)
         count = 1
         for page in pages:
@@ -98,15 +99,21 @@ def _one_picture(image: Image.Image, path: str | os.PathLike, what: str) -> None
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except _DECODE_ERRORS:  # EXIF that can't be read says nothing
+    except _DECODE_ERRORS:  # unreadable EXIF is ignored
         return 1
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """A photograph as an 8-bit RGB image, upright: as its EXIF orientation says that people see it.
+    """A photograph, upright: turned as its EXIF orientation says.
+
+    Args:
+        path: the file, of any kind that Pillow reads.
+
+    Returns:
+        An 8-bit RGB image.
 
     Raises:
-        DataError: the file is unreadable, truncated, or holds more than 8 bits a channel.
+        DataError: the file is unreadable, truncated, or holds more than 8 bits per channel.
     """
     image = _open(path, "image")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -121,7 +128,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-# EXIF orientation -> what makes the stored pixels upright. Pillow turns a TIFF itself and then drops the tag.
+# EXIF orientation -> the operation that makes the stored pixels upright. Pillow turns a TIFF itself and drops the tag.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -134,6 +141,7 @@ _TURNS = {
 
 
 def _upright(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Stored values [H, W], turned as the image's EXIF orientation says."""
     orientation = _orientation(image)
     if orientation in (5, 6, 7, 8):
         values = values.T
@@ -145,7 +153,7 @@ def _upright(values: np.ndarray, image: Image.Image) -> np.ndarray:
 
 
 def _png_bits(path: str | os.PathLike) -> int:
-    """Bits of a gray PNG's pixel; 8 for any other."""
+    """Bits per pixel of a gray PNG; 8 for any other PNG."""
     with open(path, "rb") as file:
         head = file.read(26)
     gray = len(head) == 26 and head[:8] == b"\x89PNG\r\n\x1a\n" and head[25] == 0
@@ -153,7 +161,7 @@ def _png_bits(path: str | os.PathLike) -> int:
 
 
 def _stored(image: Image.Image, path: str | os.PathLike, what: str) -> np.ndarray:
-    """Undoes what Pillow does to gray values: [H, W] integers as the file has them."""
+    """The values that the file has, integers [H, W]. Undoes what Pillow does to gray values."""
     values = np.asarray(image)
     if image.mode == "F":
         whole = (
@@ -165,15 +173,15 @@ def _stored(image: Image.Image, path: str | os.PathLike, what: str) -> np.ndarra
                 "pixel (8-bit, 16-bit or palette PNG)"
             )
         return values.astype(np.int32)
-    tags = image.tag_v2 if image.format == "TIFF" else {}
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     bits = tags.get(_BITS, (1,))[0] if tags else 8
     if image.format == "PNG":
         bits = _png_bits(path)
     sign = tags.get(_SAMPLE_FORMAT, (1,))[0]
     if tags and image.mode in ("L", "1") and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        values = ~values  # of booleans, or of uint8
+        values = ~values  # Pillow inverted them: booleans, or uint8
     if image.mode == "L" and bits in (2, 4):
-        values = values // (255 // (2**bits - 1))  # stretched to 0..255
+        values = values // (255 // (2**bits - 1))  # Pillow stretched them to 0..255
     if image.mode == "L" and sign == _SIGNED:
         values = values.view(np.int8)
     if image.mode == "I" and bits == 32 and sign != _SIGNED and tags:
@@ -183,7 +191,13 @@ def _stored(image: Image.Image, path: str | os.PathLike, what: str) -> np.ndarra
 
 
 def _read_indices(path: str | os.PathLike, what: str, colors: bool) -> np.ndarray:
-    """One integer a pixel [H, W], upright."""
+    """One integer per pixel [H, W], upright.
+
+    Args:
+        path: the file.
+        what: "label map" or "instance map", for messages.
+        colors: whether RGB pixels are allowed, each color being a number.
+    """
     try:
         with open(path, "rb") as file:
             if pnm.is_gray(file.read(3)):
@@ -212,7 +226,7 @@ def _read_indices(path: str | os.PathLike, what: str, colors: bool) -> np.ndarra
 
 
 def _hint(image: Image.Image) -> str:
-    """What to do where the colors are grays."""
+    """What to do if the colors are grays; else empty."""
     bands = [np.asarray(band) for band in image.split()]
     if image.mode == "LA":
         return "; it is gray with an alpha channel: save it without the channel, if its gray is the class number"
@@ -222,25 +236,39 @@ def _hint(image: Image.Image) -> str:
 
 
 def read_labels(path: str | os.PathLike) -> np.ndarray:
-    """The values of a label map as stored: int32 [H, W], int64 where they need it; upright as `read_image`.
+    """The values of a label map as stored, upright as by `read_image`.
 
-    A palette image is read as its indices, not its colors. No gray value is scaled or inverted, whatever the maxval of
-    a PGM, the bits, sign or photometric interpretation of a TIFF. Floating-point pixels must be whole numbers.
+    A palette image gives its indices, not its colors. Gray values are neither scaled nor inverted: the maxval of a PGM
+    and the bits, sign and photometric interpretation of a TIFF change nothing. Floating-point pixels must be whole
+    numbers.
+
+    Args:
+        path: the file.
+
+    Returns:
+        int32 [H, W]; int64 if the values need it.
 
     Raises:
-        DataError: the file is unreadable, truncated, lossy (JPEG), stores colors rather than one value a pixel, or
+        DataError: the file is unreadable, truncated, lossy (JPEG), stores colors instead of one value per pixel, or
             holds several pictures.
     """
     return _read_indices(path, "label map", colors=False)
 
 
 def read_instances(path: str | os.PathLike) -> np.ndarray:
-    """The ids of an instance map, int32 [H, W], upright; in an RGB map each color is an id.
+    """The ids of an instance map, upright as by `read_image`. In an RGB map each color is an id.
+
+    Args:
+        path: the file.
+
+    Returns:
+        int32 [H, W].
 
     Raises:
         DataError: the file is unreadable, truncated, lossy (JPEG), of another mode, or holds several pictures.
     """
-    return _read_indices(path, "instance map", colors=True).astype(np.int32)  # unsigned ids wrap around: still distinct
+    # Unsigned ids above 2^31 wrap around, and stay distinct.
+    return _read_indices(path, "instance map", colors=True).astype(np.int32)
 
 
 def read_palette(path: str | os.PathLike) -> np.ndarray | None:
@@ -254,17 +282,23 @@ def read_palette(path: str | os.PathLike) -> np.ndarray | None:
 
 
 def size_hint(path: str | os.PathLike) -> str:
-    """Why an image and its label map may differ in size, when the image says so itself; else empty."""
+    """Why an image and its label map may differ in size: the image's EXIF rotation; empty if it has none."""
     with Image.open(path) as image:
         if _orientation(image) in (5, 6, 7, 8):
-            return " (the image has an EXIF rotation, which is applied: its label map must be as people see the image)"
+            return " (the image has an EXIF rotation, which is applied: rotate its label map in the same way)"
     return ""
 
 
 def list_files(folder: str | os.PathLike, suffixes: frozenset[str] | None) -> list[str]:
-    """Paths below a folder, from there on, of files with one of the suffixes (None: all): sorted, hidden ones left out.
+    """The files in a folder and in the folders below it. Hidden files and folders are left out.
 
-    Strings, because a Path each would cost seconds and 100 MB for COCO's 350,000 files.
+    Args:
+        folder: where to look.
+        suffixes: endings of the files, in lower case with the dot; None for all files.
+
+    Returns:
+        Paths relative to the folder, sorted. They are strings: Paths would cost seconds and 100 MB for COCO's 350,000
+        files.
 
     Raises:
         DataError: the folder, or one below it, does not exist or cannot be read.
@@ -278,7 +312,7 @@ def list_files(folder: str | os.PathLike, suffixes: frozenset[str] | None) -> li
         below, above = folders.pop()
         try:
             here = os.stat(os.path.join(root, below))
-            if (here.st_dev, here.st_ino) in above:  # a link to a folder that it lies in
+            if (here.st_dev, here.st_ino) in above:  # the link points to a folder that contains it
                 continue
             above |= {(here.st_dev, here.st_ino)}
             with os.scandir(os.path.join(root, below)) as entries:
@@ -288,7 +322,7 @@ def list_files(folder: str | os.PathLike, suffixes: frozenset[str] | None) -> li
                     if entry.is_dir():
                         folders.append((below + entry.name + "/", above))
                     elif not (entry.is_file() or entry.is_symlink()):
-                        continue  # a pipe or socket; a broken link is listed, for the error that it gives
+                        continue  # a pipe or a socket; a broken link is listed, and reading it gives the error
                     elif suffixes is None or os.path.splitext(entry.name)[1].lower() in suffixes:
                         found.append(below + entry.name)
         except OSError as error:

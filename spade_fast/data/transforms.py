@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resize, crop and flip, named as in the authors' release, always the same for image, label map and instance map."""
+"""Resize, crop and flip: the same for an image, its label map and its instance map. The authors named the modes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,30 @@ PREPROCESS_MODES = (
     "fixed",
     "none",
 )
-_MULTIPLE = 32  # mode "none" rounds each side to a multiple of this, so that the generator's halvings fit
+_MULTIPLE = 32  # mode "none" rounds each side to a multiple of this: a generator doubles its first features 5 times
 
 
 def default_load_size(preprocess: str, crop_size: int) -> int:
-    """Load size of a training set when none is given: 286 for a crop of 256, as in the authors' release."""
+    """The load size of a training set where none is given: 286 for a crop of 256, as in the authors' release.
+
+    >>> default_load_size("resize_and_crop", 512)
+    572
+    """
     return round(crop_size * 286 / 256) if preprocess.endswith("_and_crop") else crop_size
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One sample's geometry: resize to `size`, cut out `box`, then mirror. Sizes are (width, height) in pixels."""
+    """The geometry of one sample.
+
+    Args:
+        size: (width, height) in pixels to resize to.
+        box: (left, top, right, bottom) in pixels to cut out after that; None keeps everything.
+        flip: whether to mirror after that.
+    """
 
     size: tuple[int, int]
-    box: tuple[int, int, int, int] | None  # left, top, right, bottom; None keeps everything
+    box: tuple[int, int, int, int] | None
     flip: bool
 
     def _place(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
@@ -57,7 +67,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The resize, crop and flip of a dataset.
+    """The resize, crop and flip of a dataset (the authors' options of the same names).
 
     Args:
         preprocess: one of PREPROCESS_MODES.
@@ -67,6 +77,9 @@ class Geometry:
         flip: mirror half of the samples of a training set.
         train: random crops and flips. Otherwise crops are taken from the center, nothing is flipped, and
             resize_and_crop and scale_shortside_and_crop load at crop_size, as the authors' test options do.
+
+    Raises:
+        DataError: an argument is unknown or out of range.
     """
 
     preprocess: str
@@ -108,7 +121,7 @@ class Geometry:
         if mode == "fixed":
             return self.crop
         if mode == "none":
-            return tuple(max(_MULTIPLE, round(side / _MULTIPLE) * _MULTIPLE) for side in (width, height))
+            return _rounded(width), _rounded(height)
         if mode.startswith("scale_width"):
             return load, max(1, load * height // width)
         if mode.startswith("scale_shortside"):
@@ -117,11 +130,11 @@ class Geometry:
         return width, height
 
     def place(self, width: int, height: int, rng: np.random.Generator | None, name: str) -> Placement:
-        """The geometry of one sample.
+        """Draws the geometry of one sample.
 
         Args:
             width, height: of the stored image, in pixels.
-            rng: draws crop and flip of a training sample.
+            rng: draws crop and flip of a training sample; None in validation, which draws nothing.
             name: the file, for the error.
 
         Raises:
@@ -138,22 +151,44 @@ class Geometry:
                     "size, or preprocess resize_and_crop"
                 )
             if self.train:
+                assert rng is not None
                 left, top = (int(rng.integers(0, side + 1)) for side in room)
             else:
                 left, top = room[0] // 2, room[1] // 2
             box = (left, top, left + self.crop[0], top + self.crop[1])
-        flip = bool(self.train and self.flip and rng.random() < 0.5)
+        flip = self.train and self.flip and rng is not None and bool(rng.random() < 0.5)
         return Placement(size, box, flip)
 
 
+def _rounded(side: int) -> int:
+    return max(_MULTIPLE, round(side / _MULTIPLE) * _MULTIPLE)
+
+
 def image_to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 [H, W, 3] -> float32 [3, H, W] in [-1, 1]."""
+    """An image as the networks take it.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+
+    Returns:
+        float32 [3, H, W] in [-1, 1].
+    """
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
     return torch.from_numpy(planes).float().div_(127.5).sub_(1.0)
 
 
 def instances_to_edges(ids: np.ndarray) -> np.ndarray:
-    """Pixels with a 4-neighbor of another instance, both sides marked: integers [H, W] -> bool [H, W]."""
+    """The pixels that have a 4-neighbor of another instance. Both sides of a boundary are marked.
+
+    Args:
+        ids: integers [H, W], the instance of each pixel.
+
+    Returns:
+        bool [H, W].
+
+    >>> instances_to_edges(np.array([[1, 1, 2, 2]])).tolist()
+    [[False, True, True, False]]
+    """
     edges = np.zeros(ids.shape, dtype=bool)
     across = ids[:, 1:] != ids[:, :-1]
     edges[:, 1:] |= across

@@ -1,28 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: written atomically, loaded without executing pickled code, and the authors' released files."""
+"""Checkpoints: their schema, safe loading, and writing that a crash cannot break.
+
+A checkpoint of a training run is one dict of plain containers and tensors, written by `torch.save`:
+
+    format          FORMAT
+    generator       {"options": arguments of SPADEGenerator, "state_dict": tensors by name}
+    ema             the same, of the moving average of the generator's weights; absent without one
+    discriminator   the same, of MultiscaleDiscriminator
+    encoder         the same, of ConvEncoder; absent without --use-vae
+    training        what a run needs to resume:
+      config          the options of the run, as in its config.json
+      step, epoch     int, the position
+      batch           int, batches of the epoch that are done
+      dataset_size    int, samples of the dataset
+      optimizers      state dict of each optimizer, by network
+      scalers         state dict of each gradient scaler, by network
+      random          states of the random generators of torch, CUDA, NumPy and Python
+
+`training_checkpoint` makes the dict. `load_generator`, `load_encoder`, `load_training_checkpoint` and `training_config`
+read it. The authors' released files hold a bare state dict instead, see `spade_fast.models.released`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeGuard, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spade_fast.files import load_tensors, writing
-from spade_fast.layers.spectral import EPS
-from spade_fast.models import ConvEncoder, SPADEGenerator
+from spade_fast.models import ConvEncoder, SPADEGenerator, released
 from spade_fast.models.norms import SPECTRAL, conv_norm
+from spade_fast.models.released import (
+    ENCODER_CONVOLUTIONS,
+    GENERATOR_CONVOLUTIONS,
+    PRESETS,
+    has_spectral_norm,
+    is_state_dict,
+    strip,
+)
 
 FORMAT = "spade_fast.checkpoint/1"
 WEIGHTS = ("auto", "ema", "last")
-CITYSCAPES_LABELS = (35, 36)  # channels of its label map, without and with instance edges
-RELEASED = "released: COCO-Stuff, ADE20K crop_size=256, 'normal'; Cityscapes crop_size=512, aspect_ratio=2, 'more'"
 
 
 class CheckpointError(RuntimeError):
@@ -33,7 +57,8 @@ class _Recording:
     """A file that keeps the system's error, which torch.save replaces by one of its own."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.error = file, None
+        self.file = file
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         try:
@@ -49,6 +74,10 @@ class _Recording:
 def atomic_save(obj: object, path: str | Path) -> None:
     """torch.save that leaves either the old file or the complete new one, also after a crash or a power cut.
 
+    Args:
+        obj: tensors and plain containers.
+        path: the file; its directory exists.
+
     Raises:
         WriteError: the file can't be written; the old one is as it was.
     """
@@ -59,7 +88,7 @@ def atomic_save(obj: object, path: str | Path) -> None:
             with open(temporary, "wb") as file:
                 recording = _Recording(file)
                 try:
-                    torch.save(obj, recording)
+                    torch.save(obj, cast(IO[bytes], recording))  # torch.save calls write and flush alone
                 except Exception:
                     if recording.error is not None:
                         raise recording.error from None
@@ -78,14 +107,14 @@ def atomic_save(obj: object, path: str | Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes what saves that were killed left half-written. Only for the one process that saves there."""
+    """Removes the half-written files of saves that were killed. Only the one process that saves there may call it."""
     for path in directory.glob(".checkpoint_*.pt.*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def safe_load(path: str | Path) -> object:
-    """Load tensors and plain containers on the CPU; a file that needs arbitrary code to unpickle is refused.
+    """Load tensors and plain containers on the CPU. A file whose pickle would run code is refused.
 
     Raises:
         CheckpointError: the file is missing, truncated or not a plain checkpoint.
@@ -96,6 +125,29 @@ def safe_load(path: str | Path) -> object:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not a readable checkpoint: {error}") from error
+
+
+def training_checkpoint(nets: Mapping[str, torch.nn.Module], training: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of a training run, as `atomic_save` writes it.
+
+    Args:
+        nets: networks with constructor `options`: generator, discriminator, and perhaps encoder and ema.
+        training: what resuming needs besides the networks: options, position, optimizers, random states.
+    """
+    held = {name: {"options": net.options, "state_dict": net.state_dict()} for name, net in nets.items()}
+    return {"format": FORMAT, **held, "training": training}
+
+
+def load_training_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What `training_checkpoint` made.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or has no training state.
+    """
+    loaded = safe_load(path)
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("training"), dict):
+        raise CheckpointError(f"{path} holds no training state")
+    return loaded
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -110,11 +162,14 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.stem.rpartition("_")[2]))
 
 
-def resolve(path: str | Path) -> Path:
-    """A checkpoint file: the path itself, or the newest checkpoint of a run directory.
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint file of a path: the path itself, or the newest checkpoint of a run directory.
+
+    Args:
+        path: a file or a run directory; ~ is the home directory.
 
     Raises:
-        CheckpointError: neither is there.
+        CheckpointError: there is no such path, or no checkpoint in the directory.
     """
     path = Path(os.path.expanduser(path))
     if path.is_dir():
@@ -127,173 +182,112 @@ def resolve(path: str | Path) -> Path:
     return path
 
 
-def _complete_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add what files of old torch versions lack, and drop what they have too much, so that they load strictly.
-
-    Spectral norm: ``weight_v`` is computed so that weight_orig / (uᵀ W v) is the weight that was saved, or, when no
-    weight was saved, by one half step of the power iteration. Batch norm: ``num_batches_tracked`` becomes 0.
-    """
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    for name in [n for n in state if n.endswith("weight_u")]:
-        stem = name.removesuffix("_u")
-        saved = state.pop(stem, None)
-        if stem + "_v" in state:
-            continue
-        matrix, u = state[stem + "_orig"].flatten(1), state[name]
-        if saved is None:
-            state[stem + "_v"] = F.normalize(matrix.t() @ u, dim=0, eps=EPS)
-        else:
-            sigma = (matrix / saved.flatten(1)).nanmedian()
-            v = torch.linalg.lstsq(matrix.double(), u.double().unsqueeze(1), driver="gelsd").solution.squeeze(1).to(u)
-            state[stem + "_v"] = v * (sigma / torch.dot(u, matrix @ v))
-    for name in [n for n in state if n.endswith("running_mean")]:
-        state.setdefault(name.removesuffix("running_mean") + "num_batches_tracked", torch.tensor(0))
-    return state
-
-
-def _is_state_dict(obj: object) -> bool:
-    return isinstance(obj, Mapping) and bool(obj) and all(isinstance(v, Tensor) for v in obj.values())
-
-
-def _infer_generator_options(state: Mapping[str, Tensor], overrides: dict, path: Path) -> dict:
-    """Constructor options of a bare generator state dict; what the tensors cannot tell must be in overrides."""
-    try:
-        shared = state["head_0.norm_0.mlp_shared.0.weight"]
-        spectral_norm = _spectral_norm(state, r"\w+\.conv_[01s]", path)
-        width = state[f"head_0.conv_0.weight{'_orig' if spectral_norm else ''}"].shape[0]
-        fc = state["fc.weight"]
-    except KeyError as error:
-        raise CheckpointError(f"{path} is not a SPADE generator's state dict: {error.args[0]} is missing") from None
-    options = dict(
-        label_nc=shared.shape[1],
-        ngf=width // 16,
-        kernel_size=shared.shape[2],
-        z_dim=None if fc.ndim == 4 else fc.shape[1],
-        spectral_norm=spectral_norm,
-    )
-    unknown = {"crop_size": "the width of the images it was trained on"}
-    if options["label_nc"] in CITYSCAPES_LABELS:
-        unknown["aspect_ratio"] = "width / height; its labels look like Cityscapes', which is 2"
-    if "head_0.norm_0.param_free_norm.running_mean" in state:
-        options["norm"] = "syncbatch"
-    else:
-        unknown["norm"] = "'instance' or 'none'"
-    if any(name.startswith("up_4.") for name in state):
-        options["num_upsampling_layers"] = "most"
-    else:
-        unknown["num_upsampling_layers"] = "'normal' or 'more'"
-    options.update({name: value for name, value in overrides.items() if value is not None})
-    missing = [f"{name} ({what})" for name, what in unknown.items() if name not in options]
-    if missing:
-        raise CheckpointError(
-            f"{path} is a bare state dict, whose tensors do not tell {', '.join(missing)}: pass it as an argument "
-            f"({RELEASED})"
-        )
-    return options
-
-
-def _spectral_norm(state: Mapping[str, Tensor], convolution: str, path: Path) -> bool:
-    """Whether the convolutions whose names match are spectrally normalized: all, or none (also where there are none).
+def training_config(path: str | Path) -> dict[str, Any]:
+    """The options that the run of a checkpoint was trained with, as its version wrote them; {} if the file has none.
 
     Raises:
-        CheckpointError: some are and some are not.
+        CheckpointError: the file is missing or unreadable.
     """
-    kinds: dict[bool, str] = {}
-    for name in state:
-        found = re.fullmatch(rf"({convolution})\.weight(_orig)?", name)
-        if found is not None and (found[2] or name + "_orig" not in state):  # old files hold the divided weight too
-            kinds.setdefault(found[2] is not None, name)
-    if len(kinds) == 2:
-        raise CheckpointError(
-            f"{path} mixes convolutions with spectral norm ({kinds[True]}) and without ({kinds[False]}): it must be in "
-            "all or in none"
-        )
-    return kinds.get(True) is not None
+    loaded = safe_load(find_checkpoint(path))
+    training = loaded.get("training") if _is_ours(loaded) else None
+    return dict(training.get("config") or {}) if isinstance(training, Mapping) else {}
 
 
-def _load_strictly(net: torch.nn.Module, state: Mapping[str, Tensor], path: Path, options: dict) -> None:
-    try:
-        net.load_state_dict(_complete_state_dict(state), strict=True)
-    except RuntimeError as error:
-        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        first, *others = [line.strip() for line in str(error).splitlines()[1:]]
-        more = f" (and {len(others)} more)" if others else ""
-        raise CheckpointError(f"{path} does not fit a {type(net).__name__}({given}): {first}{more}") from None
-
-
-def load_generator(path: str | Path, weights: str = "auto", **overrides) -> SPADEGenerator:
+def load_generator(
+    path: str | Path, weights: str = "auto", preset: str | None = None, **overrides: Any
+) -> SPADEGenerator:
     """A generator in evaluation mode from a checkpoint, a run directory, or a released ``*_net_G.pth``.
 
     Args:
-        path: checkpoint file, run directory (its newest checkpoint), or the bare state dict of the authors' format,
-            from which label channels, ngf, kernel size, latent size and ``most`` upsampling are read off the tensors.
+        path: checkpoint file, run directory (its newest checkpoint), or a bare state dict in the authors' format.
         weights: ``ema`` for the moving average, ``last`` for the weights as trained last; ``auto`` takes the average
             where the checkpoint has one.
-        overrides: options of :class:`SPADEGenerator`; a bare state dict cannot tell crop_size, ``normal`` from
-            ``more`` upsampling, aspect_ratio (1 unless given, but asked for of maps with 35 or 36 channels, which look
-            like Cityscapes'), or ``instance`` from ``none``.
+        preset: which released weights these are: ``coco``, ``ade20k`` or ``cityscapes``. It sets what the tensors of
+            a bare state dict cannot tell: crop_size, aspect_ratio and the number of upsampling layers.
+        overrides: options of :class:`SPADEGenerator`, for a bare state dict without a preset. Its tensors tell
+            label_nc, ngf, kernel_size, z_dim, spectral_norm, syncbatch and ``most``. They cannot tell crop_size,
+            ``normal`` from ``more`` upsampling, ``instance`` from ``none``, nor aspect_ratio (1 unless given; it must
+            be given for 35 or 36 channels, which look like Cityscapes').
 
     Raises:
-        CheckpointError: unreadable, not a generator, without the weights asked for, or an option that only an argument
-            can tell is not given.
-        ValueError: weights is none of the three.
+        CheckpointError: the file is unreadable, holds no generator or not the weights asked for, contradicts the
+            preset, or needs an option that is not given.
+        ValueError: weights or preset is unknown.
+
+    >>> load_generator("latest_net_G.pth", preset="coco")  # doctest: +SKIP
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    path = resolve(path)
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    path = find_checkpoint(path)
     loaded = safe_load(path)
     if weights == "ema" and not (isinstance(loaded, Mapping) and "ema" in loaded):
         raise CheckpointError(f"{path} holds no moving average of the generator's weights")
-    if _is_state_dict(loaded):
-        state = loaded
-        options = _infer_generator_options(_strip(loaded), overrides, path)
-    elif isinstance(loaded, Mapping) and loaded.get("format") == FORMAT:
-        part = loaded.get("ema" if weights != "last" and "ema" in loaded else "generator")
-        if not isinstance(part, Mapping) or not part.keys() >= {"state_dict", "options"}:
-            raise CheckpointError(f"{path} holds no generator with its options")
-        state, options = part["state_dict"], {**part["options"], **overrides}
-        options["spectral_norm"] = _spectral_norm(state, r"\w+\.conv_[01s]", path)  # it may have been removed
-    else:
-        raise CheckpointError(f"{path} is neither a checkpoint of this package ({FORMAT}) nor a bare state dict")
+    with _naming(path):
+        if is_state_dict(loaded):
+            state = strip(loaded)
+            options = released.generator_options(state, preset, overrides)
+        elif _is_ours(loaded):
+            held = loaded.get("ema" if weights != "last" and "ema" in loaded else "generator")
+            if not isinstance(held, Mapping) or not held.keys() >= {"state_dict", "options"}:
+                raise ValueError("holds no generator with its options")
+            if preset is not None:
+                released.check_preset(preset, held["options"], overrides)
+            state, options = held["state_dict"], {**held["options"], **overrides}
+            # Spectral norm may have been removed since the options were written.
+            options["spectral_norm"] = has_spectral_norm(state, GENERATOR_CONVOLUTIONS)
+        else:
+            raise ValueError(f"is neither a checkpoint of this package ({FORMAT}) nor a bare state dict")
     net = SPADEGenerator(**options)
     _load_strictly(net, state, path, options)
     return net.eval()
 
 
 def load_encoder(path: str | Path) -> ConvEncoder:
-    """An image encoder in evaluation mode from a checkpoint with one, a run directory, or a released ``*_net_E.pth``.
+    """An image encoder in evaluation mode.
+
+    Args:
+        path: checkpoint file with an encoder, run directory, or a released ``*_net_E.pth``.
 
     Raises:
-        CheckpointError: unreadable, or there is no encoder in it.
+        CheckpointError: the file is unreadable, or there is no encoder in it.
     """
-    path = resolve(path)
+    path = find_checkpoint(path)
     loaded = safe_load(path)
-    if _is_state_dict(loaded):
-        state = _strip(loaded)
-        options = _infer_encoder_options(state, path)
-    elif isinstance(loaded, Mapping) and loaded.get("format") == FORMAT and loaded.get("encoder"):
-        state, options = loaded["encoder"]["state_dict"], dict(loaded["encoder"]["options"])
-        if not _spectral_norm(state, r"layer\d(?:\.0)?", path):  # it may have been removed
-            options["norm"] = conv_norm(options.get("norm", SPECTRAL + "instance"))[1]
-    else:
-        raise CheckpointError(f"{path} holds no encoder; train one with --use-vae")
+    with _naming(path):
+        if is_state_dict(loaded):
+            state = strip(loaded)
+            options = released.encoder_options(state)
+        elif _is_ours(loaded) and loaded.get("encoder"):
+            state, options = loaded["encoder"]["state_dict"], dict(loaded["encoder"]["options"])
+            if not has_spectral_norm(state, ENCODER_CONVOLUTIONS):  # it may have been removed
+                options["norm"] = conv_norm(options.get("norm", SPECTRAL + "instance"))[1]
+        else:
+            raise ValueError("holds no encoder; train one with --use-vae")
     net = ConvEncoder(**options)
     _load_strictly(net, state, path, options)
     return net.eval()
 
 
-def _infer_encoder_options(state: Mapping[str, Tensor], path: Path) -> dict:
-    spectral = _spectral_norm(state, r"layer\d(?:\.0)?", path)
-    ending = "weight_orig" if spectral else "weight"
-    normed = f"layer1.{ending}" not in state
+def _is_ours(loaded: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(loaded, Mapping) and loaded.get("format") == FORMAT
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file before the message of what is wrong with it."""
     try:
-        ngf = state[f"layer1.0.{ending}" if normed else f"layer1.{ending}"].shape[0]
-        z_dim = state["fc_mu.weight"].shape[0]
-    except KeyError as error:
-        raise CheckpointError(f"{path} is not an encoder's state dict: {error.args[0]} is missing") from None
-    norm = "none" if not normed else "batch" if "layer1.1.running_mean" in state else "instance"
-    return dict(ngf=ngf, z_dim=z_dim, norm=(SPECTRAL if spectral else "") + norm)
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from None
 
 
-def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): value for name, value in state.items()}
+def _load_strictly(net: torch.nn.Module, state: Mapping[str, Tensor], path: Path, options: dict[str, Any]) -> None:
+    try:
+        net.load_state_dict(released.complete_state_dict(state), strict=True)
+    except RuntimeError as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        first, *others = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" (and {len(others)} more)" if others else ""
+        raise CheckpointError(f"{path} does not fit a {type(net).__name__}({given}): {first}{more}") from None

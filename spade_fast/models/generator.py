@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -50,8 +51,9 @@ class SPADEGenerator(nn.Module):
     Args:
         label_nc: every input channel of the map: classes, + 1 for unknown, + 1 for instance edges (COCO-Stuff: 184).
         ngf: width; the first blocks have 16·ngf channels, the last ngf (``most``: ngf/2).
-        crop_size: width of the image.
-        aspect_ratio: width / height of the image.
+        crop_size: width in pixels of the images it is trained on. A label map of another size gives an image of that
+            size where it can, see :meth:`image_size`.
+        aspect_ratio: width / height of the images it is trained on.
         num_upsampling_layers: ``normal`` (5 doublings), ``more`` (6) or ``most`` (7, with one more block).
         z_dim: size of the latent code; None starts from the map, downsampled by nearest neighbor.
         norm, kernel_size: see :class:`spade_fast.reference.SPADE`.
@@ -80,7 +82,7 @@ class SPADEGenerator(nn.Module):
         super().__init__()
         self.fused = spade == "fused"
         self.checkpoint_blocks = False  # True: only each block's input is kept for backward, which computes it again
-        self._options = dict(
+        self._options: dict[str, Any] = dict(
             label_nc=label_nc,
             ngf=ngf,
             crop_size=crop_size,
@@ -93,6 +95,7 @@ class SPADEGenerator(nn.Module):
         )
         self.start = start_size(crop_size, aspect_ratio, num_upsampling_layers)
         self.z_dim = z_dim
+        self._warned = False  # that an image has not the size of its label map
 
         def block(fin: int, fout: int) -> SPADEResnetBlock:
             return SPADEResnetBlock(fin, fout, label_nc, norm, kernel_size, spade, spectral_norm)
@@ -139,10 +142,50 @@ class SPADEGenerator(nn.Module):
         return {**self._options, "spectral_norm": self._options["spectral_norm"] and has_spectral_norm(self)}
 
     @property
+    def scale(self) -> int:
+        """Pixels of the image along one side of a pixel of the first features: 32, 64 or 128."""
+        return 2 ** UPSAMPLING_LAYERS[self._options["num_upsampling_layers"]]
+
+    @property
     def output_size(self) -> tuple[int, int]:
-        """(height, width) of the image."""
-        scale = 2 ** UPSAMPLING_LAYERS[self._options["num_upsampling_layers"]]
-        return self.start[0] * scale, self.start[1] * scale
+        """(height, width) of the images it is trained on, in pixels."""
+        return self.start[0] * self.scale, self.start[1] * self.scale
+
+    def image_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the image that a label map of height × width pixels gives.
+
+        A generator that starts from the map (z_dim None) makes images of every size whose sides are multiples of
+        :attr:`scale`, but with instance norm none of a single first pixel. From any other map, and with a z_dim, the
+        image has :attr:`output_size`.
+
+        >>> SPADEGenerator(3, ngf=1, crop_size=64).image_size(96, 32)
+        (96, 32)
+        >>> SPADEGenerator(3, ngf=1, crop_size=64).image_size(120, 160)
+        (64, 64)
+        """
+        return self.output_size if self.size_refusal(height, width) else (height, width)
+
+    def size_refusal(self, height: int, width: int) -> str:
+        """Why a label map of height × width pixels cannot give an image of its size; empty where it can."""
+        if self.z_dim is not None:
+            return "the generator starts from z, which fixes the size"
+        if height % self.scale or width % self.scale:
+            return f"its sides are no multiples of {self.scale}"
+        if self._options["norm"] == "instance" and (height, width) == (self.scale, self.scale):
+            return "instance norm needs more than one pixel to start from"
+        return ""
+
+    def _start_of(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the first features for a label map; warns once where the image has another size."""
+        size = self.image_size(height, width)
+        if not torch.compiler.is_compiling() and not self._warned and size != (height, width):
+            self._warned = True
+            warnings.warn(
+                f"a label map of {height}×{width} pixels (height×width) gives an image of {size[0]}×{size[1]}: "
+                f"{self.size_refusal(height, width)}",
+                stacklevel=7,  # the caller of the generator, above the two frames of torch.nn.Module
+            )
+        return size[0] // self.scale, size[1] // self.scale
 
     def blocks(self) -> list[tuple[SPADEResnetBlock, int]]:
         """The residual blocks in order, each with the factor its input is enlarged by."""
@@ -152,7 +195,8 @@ class SPADEGenerator(nn.Module):
         return [*blocks, (self.up_4, 2)] if self._options["num_upsampling_layers"] == "most" else blocks
 
     def _first_features(self, labels: LabelMap | Tensor, z: Tensor | None) -> Tensor:
-        weight, n = next(self.fc.parameters()), segmap_shape(labels)[0]
+        weight, (n, _, height, width) = next(self.fc.parameters()), segmap_shape(labels)
+        start = self._start_of(height, width)
         if self.z_dim is None:
             if z is not None:
                 raise ValueError("z was given, but this generator starts from the segmentation map (z_dim=None)")
@@ -160,9 +204,9 @@ class SPADEGenerator(nn.Module):
             if isinstance(labels, LabelMap) and changed_convolution(self.fc, *channels, 3):
                 labels = labels.one_hot(weight.dtype)
             if isinstance(labels, Tensor):
-                return self.fc(F.interpolate(labels, size=self.start, mode="nearest"))
+                return self.fc(F.interpolate(labels, size=start, mode="nearest"))
             table = weight.permute(2, 3, 1, 0).reshape(9, *weight.shape[1::-1])
-            return label_conv(labels.resized(*self.start), table, self.fc.bias, labels.has_edges, 3, padding=1)
+            return label_conv(labels.resized(*start), table, self.fc.bias, labels.has_edges, 3, padding=1)
         if z is None:
             z = torch.randn(n, self.z_dim, dtype=weight.dtype, device=weight.device)
         if z.shape != (n, self.z_dim):
@@ -178,7 +222,11 @@ class SPADEGenerator(nn.Module):
             z: latent codes [N, z_dim]; drawn from N(0, 1) when None and the generator has a z_dim.
 
         Returns:
-            Images [N, 3, H, W] in [-1, 1].
+            Images [N, 3, H, W] in [-1, 1], of the map's size where h and w are multiples of :attr:`scale` and the
+            generator has no z_dim. Otherwise they have :attr:`output_size`, and a warning says so once.
+
+        Raises:
+            ValueError: segmap or z has a wrong shape.
         """
         shape, want = segmap_shape(segmap), self._options["label_nc"]
         if len(shape) != 4 or shape[1] != want:

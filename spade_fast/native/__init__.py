@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native extension: how it is built, and how it is loaded."""
+"""The native extension: how it is built, how it is loaded, and what it says about itself."""

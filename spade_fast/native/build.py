@@ -3,172 +3,59 @@
 
 `python -m spade_fast.native.build` builds it now for this machine, and shows the compiler's own words when it fails.
 
-The extension is a library of torch operators and links to no Python: C++ for the CPU always; CUDA kernels whenever nvcc
-is found, also beside a torch without CUDA. setup.py runs this file by its path where nothing is installed yet, so it
-imports nothing but the standard library, and torch when parameters are asked for.
+The extension is a library of torch operators and links to no Python. It holds C++ for the CPU, and CUDA kernels
+whenever nvcc is found, also beside a torch without CUDA. A small pybind11 module beside it (csrc/python) says what the
+library is made of; everything but that report works without the module.
+
+setup.py uses this module where nothing is installed yet. So it imports only the standard library, and torch and
+pybind11 inside the functions that need them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import threading
+import time
 from pathlib import Path
 
-DEFAULT_ARCHITECTURES = ("80", "90a", "100", "120")
-_PACKAGE = Path(__file__).resolve().parents[1]
+from .toolchain import (
+    INFO_MODULE,
+    INFO_SOURCE,
+    BuildError,
+    Parameters,
+    codes,
+    csrc,
+    cuda_home,
+    local_parameters,
+    source_files,
+)
 
-
-class BuildError(RuntimeError):
-    """The extension can not be built; the message says why and what to do."""
-
-
-def csrc() -> Path:
-    """The directory of the sources, in an installed package or in a checkout.
-
-    Raises:
-        BuildError: it is in neither.
-    """
-    for directory in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
-        if (directory / "library.cpp").is_file():
-            return directory
-    raise BuildError(f"the sources csrc/ are neither in {_PACKAGE} nor beside it")
-
-
-def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME, CUDA_PATH, the PATH or /usr/local/cuda, in that order."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home and (Path(home) / "bin" / "nvcc").is_file():
-            return Path(home) / "bin" / "nvcc"
-    found = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    return Path(found).resolve() if Path(found).is_file() else None
-
-
-def cuda_home(nvcc: Path) -> Path:
-    """Where nvcc's toolkit is, by its own word: the nvcc on the PATH may be a script or a link."""
-    command = [str(nvcc), "--dryrun", "-E", "-x", "cu", os.devnull]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    found = re.search(r"^#\$ TOP=(.+)$", done.stderr, re.MULTILINE)
-    return Path(found.group(1)).resolve() if found else nvcc.parent.parent
-
-
-def architectures(nvcc: Path, otherwise: str = "") -> list[str]:
-    """-gencode options for TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), without it for `otherwise`, a list of the same form,
-    and without either for those of the default list that nvcc knows.
-
-    Raises:
-        BuildError: a list of another form, or nvcc does not run.
-    """
-    asked = (os.environ.get("TORCH_CUDA_ARCH_LIST") or otherwise).replace(" ", ";")
-    if asked:
-        codes = [a.removesuffix("+PTX").replace(".", "") for a in asked.split(";") if a]
-        ptx = [a.removesuffix("+PTX").replace(".", "") for a in asked.split(";") if a.endswith("+PTX")]
-        for code in codes:
-            if not re.fullmatch(r"\d{2,3}[af]?", code):
-                raise BuildError(f"TORCH_CUDA_ARCH_LIST must look like '8.0;9.0a+PTX', got {asked!r}")
-    else:
-        known = _output([str(nvcc), "--list-gpu-code"])
-        codes = [a for a in DEFAULT_ARCHITECTURES if f"sm_{a.rstrip('a')}" in known]
-        ptx = codes[-1:]
-    options = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in codes]
-    return options + [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ptx]
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameters:
-    """Everything that decides what the extension is; equal parameters and sources give the same extension."""
-
-    torch_version: str
-    torch_directory: str
-    abi: int  # _GLIBCXX_USE_CXX11_ABI of torch
-    cxx: str
-    cxx_version: str
-    nvcc: str | None
-    nvcc_version: str | None
-    gencode: tuple[str, ...]
-
-    def key(self) -> str:
-        """Hash of the parameters and of the sources."""
-        return hashlib.sha256(f"{dataclasses.astuple(self)} {sources_hash(bool(self.nvcc))}".encode()).hexdigest()[:16]
-
-    def stamp(self) -> dict:
-        """What is written beside the library, for loading and for `spade_fast.info`."""
-        return {**dataclasses.asdict(self), "sources": sources_hash(bool(self.nvcc))}
-
-
-def sources_hash(cuda: bool) -> str:
-    """Hash of the files of csrc that an extension with or without CUDA kernels is made of."""
-    digest = hashlib.sha256()
-    for path in sorted(csrc().glob("*.*")):
-        if path.suffix in (".cpp", ".h") + ((".cu", ".cuh") if cuda else ()) and (cuda or path.name not in _CUDA_ONLY):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-_CUDA_ONLY = ("cuda_bindings.cpp", "launchers.h")
-
-
-def parameters(cuda: bool = True, otherwise: str = "") -> Parameters:
-    """The parameters for this machine and its torch. otherwise: see `architectures`.
-
-    Raises:
-        BuildError: no torch, no C++ compiler, one that does not run, or a wrong TORCH_CUDA_ARCH_LIST.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise BuildError(f"torch is not installed where the extension is built ({error})") from None
-    cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if not cxx:
-        raise BuildError("no C++ compiler: none of c++, g++ and clang++ is on the PATH (set CXX to another)")
-    nvcc = find_nvcc() if cuda else None
-    return Parameters(
-        torch_version=torch.__version__.partition("+")[0],
-        torch_directory=str(Path(torch.__file__).resolve().parent),
-        abi=int(torch._C._GLIBCXX_USE_CXX11_ABI),
-        cxx=cxx,
-        cxx_version=_output([*cxx.split(), "--version"]).partition("\n")[0],
-        nvcc=str(nvcc) if nvcc else None,
-        nvcc_version=_output([str(nvcc), "--version"]).strip().rpartition("\n")[2] if nvcc else None,
-        gencode=tuple(architectures(nvcc, otherwise)) if nvcc else (),
-    )
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        words = getattr(error, "stderr", None) or str(error)
-        raise BuildError(f"{command[0]} does not run: {words.strip()}") from None
+_TICK, _TICK_IN_LOG = 1, 15  # seconds between two reports of progress
 
 
 def ninja_file(p: Parameters, library: Path) -> str:
-    """The build as text for ninja."""
+    """The text of a ninja file that builds `library`."""
     source, torch = csrc(), Path(p.torch_directory)
     includes = [source, torch / "include"]
     defines = [f"-D_GLIBCXX_USE_CXX11_ABI={p.abi}"]
     link = [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
-    files = sorted(source.glob("*.cpp"))
     if p.nvcc:
         home = cuda_home(Path(p.nvcc))
         includes.append(home / "include")
-        defines.append("-DSPADE_FAST_CUDA")
         link += [f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        files += sorted(source.glob("*.cu"))
-    else:
-        files = [f for f in files if f.name not in _CUDA_ONLY]
     include = " ".join(f"-isystem {_escape(i)}" if i != source else f"-I{_escape(i)}" for i in includes)
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",
         f"  command = {p.cxx} -MMD -MF $out.d -std=c++20 -O3 -fPIC -fvisibility=hidden -fopenmp -Wall"
         " -fno-math-errno -fno-trapping-math"  # results stay the same, branches in loops vectorize
-        f" {' '.join(defines)} {include} -c $in -o $out",
+        f" {' '.join(defines)} $defines {include} -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",
@@ -180,11 +67,17 @@ def ninja_file(p: Parameters, library: Path) -> str:
         f"  command = {p.cxx} -shared -fopenmp $in -o $out {' '.join(link)}",
     ]
     objects = []
-    for file in files:
-        objects.append(f"{file.name}.o")
+    for file in source_files(bool(p.nvcc), ".cpp", ".cu"):
+        objects.append(f"{file.relative_to(source)}.o")
         lines.append(f"build {objects[-1]}: {'nvcc' if file.suffix == '.cu' else 'cxx'} {_escape(file)}")
+        if file.name == "about.cpp":
+            lines.append(f"  defines = {_text_macro('KEY', p.key())} {_text_macro('ARCHITECTURES', codes(p.gencode))}")
     lines += [f"build {_escape(library)}: link {' '.join(objects)}", f"default {_escape(library)}", ""]
     return "\n".join(lines)
+
+
+def _text_macro(name: str, text: str) -> str:
+    return f"'-DSPADE_FAST_{name}=\"{text}\"'"
 
 
 def _escape(path: Path) -> str:
@@ -192,10 +85,17 @@ def _escape(path: Path) -> str:
 
 
 def build(directory: Path, p: Parameters) -> Path:
-    """Compiles the extension in directory (which keeps the objects) and returns the library.
+    """Compiles the extension, and shows on stderr how far it is.
+
+    Args:
+        directory: Where to compile. It keeps the objects.
+        p: What to build.
+
+    Returns:
+        The library. Its stamp lies beside it.
 
     Raises:
-        BuildError: with the end of the compiler's output.
+        BuildError: The message has the end of the compiler's output.
     """
     ninja = _ninja()
     directory.mkdir(parents=True, exist_ok=True)
@@ -204,11 +104,68 @@ def build(directory: Path, p: Parameters) -> Path:
     command = [ninja, "-C", str(directory)]
     if jobs := os.environ.get("MAX_JOBS"):
         command += ["-j", jobs]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        raise BuildError(f"compiling the extension failed:\n{done.stdout[-4000:]}")
-    (directory / "_C.json").write_text(json.dumps(p.stamp(), indent=1) + "\n")
+    code, output = _run_watched(command)
+    if code:
+        raise BuildError(f"compiling the extension failed:\n{output[-4000:]}")
+    library.with_suffix(".json").write_text(json.dumps(p.stamp(), indent=1) + "\n")
     return library
+
+
+def _run_watched(command: list[str]) -> tuple[int, str]:
+    """Runs ninja and reports its progress. Returns its exit status and its output."""
+    output: list[str] = []
+    start, on_terminal = time.monotonic(), sys.stderr.isatty()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                output.append(line)
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        try:
+            while True:
+                try:
+                    process.wait(timeout=_TICK if on_terminal else _TICK_IN_LOG)
+                    break
+                except subprocess.TimeoutExpired:
+                    done = [found for line in output[-20:] if (found := re.match(r"\[(\d+)/(\d+)\]", line))]
+                    steps = f"step {done[-1][1]} of {done[-1][2]}" if done else "starting"
+                    _say(f"building, {steps}, {time.monotonic() - start:.0f} s", "\r" if on_terminal else "\n")
+        except BaseException:
+            process.terminate()  # ninja ends its compilers first
+            raise
+        reader.join()
+    if on_terminal and time.monotonic() - start >= 1:
+        print(file=sys.stderr)
+    return process.returncode, "".join(output)
+
+
+def _say(text: str, end: str = "\n") -> None:
+    print(f"spade_fast: {text}", end=end, file=sys.stderr, flush=True)
+
+
+def build_info_module(directory: Path, p: Parameters) -> None:
+    """Compiles the Python module that reports on the library, into directory.
+
+    Raises:
+        BuildError: pybind11 or Python's headers are missing, or the compiler fails.
+    """
+    python = Path(sysconfig.get_path("include"))
+    if not (python / "Python.h").is_file():
+        raise BuildError(f"Python.h is not in {python}: install Python's development files")
+    try:
+        import pybind11
+    except ImportError:
+        raise BuildError("pybind11 is not installed: pip install pybind11") from None
+    with_key = f'-DSPADE_FAST_KEY="{p.key()}"'
+    options = ["-shared", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", with_key]
+    includes = [f"-I{csrc()}", "-isystem", pybind11.get_include(), "-isystem", str(python)]
+    command = [*p.cxx.split(), *options, *includes, str(csrc() / INFO_SOURCE), "-o", str(directory / INFO_MODULE)]
+    done = subprocess.run([*command, "-ldl"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"compiling {INFO_SOURCE} failed:\n{done.stdout[-4000:]}")
 
 
 def _ninja() -> str:
@@ -224,56 +181,93 @@ def _ninja() -> str:
 
 
 def cache_directory() -> Path:
-    """Where extensions built at first use are kept: SPADE_FAST_CACHE, or spade_fast in the user's cache directory."""
+    """Where extensions built at first use are kept: SPADE_FAST_CACHE, else spade_fast in the user's cache directory."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(os.environ.get("SPADE_FAST_CACHE") or os.path.join(cache, "spade_fast"))
 
 
-def build_cached(p: Parameters, retry: bool = False) -> Path:
-    """The library for these parameters, built now unless it was before; safe under several processes.
+def cached(p: Parameters) -> Path | None:
+    """The library for these parameters if it was built before, else None."""
+    library = cache_directory() / p.key() / "_C.so"
+    return library if library.exists() and library.with_suffix(".json").exists() else None
 
-    A failure is remembered until sources, torch or compiler change; retry tries again nevertheless.
+
+def failure(p: Parameters) -> str | None:
+    """Why the last build with these parameters failed, or None."""
+    try:
+        return (cache_directory() / p.key() / "failed.txt").read_text()
+    except FileNotFoundError:
+        return None
+
+
+def build_cached(p: Parameters, retry: bool = False, reason: str = "") -> Path:
+    """The library for these parameters, built now unless it was built before. Safe under several processes.
+
+    A failure is remembered until sources, torch or compiler change.
+
+    Args:
+        p: What to build.
+        retry: Whether to try again after a remembered failure, and to add the Python module where it is missing.
+        reason: Why no other library serves, for the line that announces the build.
 
     Raises:
-        BuildError: see `build`.
+        BuildError: See `build`.
     """
     import fcntl
 
     directory = cache_directory() / p.key()
-    library, failure = directory / "_C.so", directory / "failed.txt"
+    failed = directory / "failed.txt"
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "lock", "w") as lock:  # released by the system when the process ends, however it ends
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(directory / "lock", "w") as lock:  # the system releases it when the process ends, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("another process builds the native extension; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if retry:
-            failure.unlink(missing_ok=True)
-        if failure.exists():
-            raise BuildError(f"{failure.read_text()}\n(remembered; try again with `python -m spade_fast.native.build`)")
-        if not (library.exists() and (directory / "_C.json").exists()):
-            print("spade_fast: building the native extension, once (a minute or two) ...", file=sys.stderr, flush=True)
+            failed.unlink(missing_ok=True)
+        if known := failure(p):
+            raise BuildError(f"{known}\n(remembered; try again with `python -m spade_fast.native.build`)")
+        library = cached(p)
+        if library is None or (retry and not (directory / INFO_MODULE).exists()):
+            work = directory / f"build-{os.getpid()}"
             try:
-                finished = build(directory / f"build-{os.getpid()}", p)
-                os.replace(finished.with_suffix(".json"), directory / "_C.json")
-                os.replace(finished, library)
+                if library is None:
+                    library = _build_into(directory, work, p, reason)
+                _add_info_module(directory, work, p)
             except BuildError as error:
-                failure.write_text(str(error))
+                failed.write_text(str(error))
                 raise
             finally:
-                shutil.rmtree(directory / f"build-{os.getpid()}", ignore_errors=True)
+                shutil.rmtree(work, ignore_errors=True)
     return library
 
 
-def local_parameters() -> Parameters:
-    """Parameters for this machine alone: CUDA kernels for the GPUs that are there, none without a GPU."""
-    import torch
+def _build_into(directory: Path, work: Path, p: Parameters, reason: str) -> Path:
+    """Builds the library in work and moves it to directory."""
+    start = time.monotonic()
+    why = f" ({reason})" if reason else ""
+    _say(f"building the native extension for this machine, once{why}. It takes a minute or two.")
+    _say("SPADE_FAST_BUILD=0 in the environment leaves it out: operations then run on slower backends.")
+    finished, library = build(work, p), directory / "_C.so"
+    os.replace(finished.with_suffix(".json"), library.with_suffix(".json"))
+    os.replace(finished, library)
+    _say(f"built in {time.monotonic() - start:.0f} s: {library}")
+    return library
 
-    if not torch.cuda.is_available():
-        return parameters(cuda=False)
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    names = [f"{major}.{minor}" + ("a" if major == 9 else "") for major, minor in sorted(found)]
-    return parameters(otherwise=";".join(names))
+
+def _add_info_module(directory: Path, work: Path, p: Parameters) -> None:
+    """Builds the Python module beside the library. The library works without the module, so a failure is only told."""
+    work.mkdir(exist_ok=True)
+    try:
+        build_info_module(work, p)
+        os.replace(work / INFO_MODULE, directory / INFO_MODULE)
+    except BuildError as error:
+        _say(f"the module that reports on the extension was not built: {error}")
 
 
 def main() -> int:
+    """Builds the extension for this machine and prints the library's path. Returns the exit status."""
     try:
         print(build_cached(local_parameters(), retry=True))
     except BuildError as error:

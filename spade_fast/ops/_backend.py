@@ -115,6 +115,11 @@ def choose(op: str, device: torch.device) -> str:
     return _chosen[key]
 
 
+def forget_choices() -> None:
+    """The next call of each op chooses its default backend anew."""
+    _chosen.clear()
+
+
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
     """Inside the `with` block every operation, forward and backward, runs on backend `name`."""

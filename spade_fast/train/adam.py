@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
@@ -11,17 +13,22 @@ from torch.optim.adam import adam
 class Adam(torch.optim.Adam):
     """``torch.optim.Adam(fused=True)``, the same numbers, for parameters that are dense in memory in any order.
 
-    With beta1 = 0, as TTUR has it (paper, section 4), the first moment is the gradient: it is not kept, which saves a
-    third of what optimizer and gradients take. torch's own copies every channels-last parameter in each step.
+    With beta1 = 0, as TTUR has it (paper, section 4), the first moment is the gradient, and is not kept. This saves a
+    third of the memory of optimizer and gradients. torch's own Adam copies every channels-last parameter in each step.
 
-    Gradients must have the strides of their parameters: `step` raises ValueError otherwise.
+    Args:
+        params: the parameters.
+        lr: the learning rate.
+        betas: beta1 and beta2.
+        eps: is added to the root of the second moment.
     """
 
-    def __init__(self, params, lr: float, betas: tuple[float, float], eps: float = 1e-8) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], eps: float = 1e-8) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override] # no closure: training computes the gradients before
+        """One update. Raises ValueError unless gradients have the strides of their parameters."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # set by a GradScaler
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -31,7 +38,7 @@ class Adam(torch.optim.Adam):
             adam(
                 [_in_memory(p, p) for p in params],
                 gradients,
-                # The kernels read an element of everything before they write it.
+                # The first moment may be the gradient: the kernels read all values of an element before they write it.
                 [_in_memory(s["exp_avg"], p) for s, p in zip(states, params, strict=True)] if beta1 else gradients,
                 [_in_memory(s["exp_avg_sq"], p) for s, p in zip(states, params, strict=True)],
                 [],
@@ -58,7 +65,7 @@ class Adam(torch.optim.Adam):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Also of torch's Adam, saved with parameters in another memory order."""
+        """Takes the state of torch's Adam too, saved with parameters in another memory order."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             group["fused"], group["foreach"] = True, None  # whatever the one that saved it had
@@ -72,7 +79,7 @@ class Adam(torch.optim.Adam):
 
 
 def _in_memory(t: Tensor, p: Tensor) -> Tensor:
-    """t's elements as they lie in memory, [numel]; t has the strides of p, which is dense."""
+    """The elements of t [numel] in the order of memory. t must have the strides of p, which is dense."""
     if t.stride() != p.stride():
         raise ValueError(f"expected strides {p.stride()} of the parameter, got {t.stride()}")
     return t.as_strided((t.numel(),), (1,))

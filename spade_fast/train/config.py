@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training options: one dataclass, read from defaults < preset < JSON file < command line.
+"""Training options: one dataclass, read from defaults < preset < file < command line.
 
 The presets hold the schedules of Park et al., CVPR 2019, section 4 and appendix A: Adam with two time-scales,
 batch 32 (Cityscapes 16), 200 epochs with linear decay from epoch 100 for Cityscapes and ADE20K, 100 for COCO-Stuff, 50
@@ -9,18 +9,17 @@ beta2 = 0.9.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
+import functools
 import json
 import os
-import types
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, cast
 
 from spade_fast import data
-from spade_fast.cli import ConfigError
+from spade_fast.cli import ConfigError, flag, option, read_options
+from spade_fast.data.options import DataOptions, migrate
 from spade_fast.models.generator import UPSAMPLING_LAYERS, start_size
 from spade_fast.models.init import INITS
 from spade_fast.models.norms import CONV_NORMS
@@ -51,166 +50,136 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lambda_l1": 10.0,
     },
 }
-PATHS = ("dataroot", "image_dir", "label_dir", "instance_dir", "file_list", "vgg_weights", "out")
+PAPERS_BATCH_SIZE = 32
+PATHS = (
+    *("dataroot", "image_dir", "label_dir", "instance_dir", "val_image_dir", "val_label_dir", "val_instance_dir"),
+    *("file_list", "vgg_weights", "out"),
+)
 MAX_SEED = 2**43 - 1  # seed * 1_000_003 + step, which seeds each step's noise, has to fit 64 bits
 AMP_MODES = ("auto", "bf16", "fp16", "fp32")
 
 
-def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+_schedule = functools.partial(option, "Schedule")
+_network = functools.partial(option, "Networks")
+_loss = functools.partial(option, "Losses")
+_speed = functools.partial(option, "Speed and memory")
+_run = functools.partial(option, "The run")
 
 
 @dataclass
-class TrainConfig:
-    """Every option of a training run; None means that the dataset (or another option) decides, see `resolve`."""
+class TrainConfig(DataOptions):
+    """Every option of a training run.
 
-    # What to train on
-    preset: str | None = _option(None, "the paper's schedule for a dataset (default: the dataset's)", tuple(PRESETS))
-    dataset: str = _option("synthetic", "kind of dataset", data.DATASETS)
-    dataroot: str | None = _option(None, "root directory of the dataset")
-    image_dir: str | None = _option(None, "directory of images, instead of the one below dataroot")
-    label_dir: str | None = _option(None, "directory of label maps, instead of the one below dataroot")
-    instance_dir: str | None = _option(None, "directory of instance maps, instead of the one below dataroot")
-    file_list: str | None = _option(None, "text file naming the samples to use, one a line")
-    num_classes: int | None = _option(None, "number of label classes (dataset folder)")
-    ignore_value: int | None = _option(None, "label value that contributes nothing")
-    shift_labels: bool = _option(False, "ADE20K: label v becomes class v - 1 and 0 class 150; the default is as stored")
-    use_edges: bool | None = _option(None, "add the instance-edge channel where there are instance maps")
-    crop_size: int | None = _option(None, "width of the synthesized image in pixels")
-    load_size: int | None = _option(None, "size images are resized to before the crop")
-    aspect_ratio: float | None = _option(None, "width / height of the synthesized image")
-    preprocess: str | None = _option(None, "how images are resized and cropped", data.PREPROCESS_MODES)
-    flip: bool = _option(True, "mirror half of the training samples")
-    synthetic_size: int | None = _option(None, "samples in an epoch of the synthetic dataset")
+    None means that the dataset or another option decides; `resolve_config` fills it in.
+    """
 
-    # Networks
-    ngf: int = _option(64, "width of the generator and encoder")
-    ndf: int = _option(64, "width of the discriminator")
-    num_upsampling_layers: str = _option("normal", "upsampling layers in the generator", tuple(UPSAMPLING_LAYERS))
-    z_dim: int | None = _option(None, "size of the noise vector the generator starts from (default: the label map)")
-    use_vae: bool = _option(False, "train an image encoder too, for style from a photo (z_dim 256 unless given)")
-    norm: str = _option("syncbatch", "SPADE's parameter-free norm", NORMS)
-    kernel_size: int = _option(3, "kernel of SPADE's convolutions", KERNEL_SIZES)
-    spectral_norm: bool = _option(True, "spectral norm in the generator")
-    norm_d: str = _option("spectralinstance", "spectral norm and norm in the discriminator", CONV_NORMS)
-    norm_e: str = _option("spectralinstance", "spectral norm and norm in the encoder", CONV_NORMS)
-    spade: str = _option("fused", "SPADE layer; both are the same function", ("fused", "reference"))
-    init: str = _option("released", "first weights: as the released networks started, or as the paper says", INITS)
-    n_layers_d: int = _option(4, "convolutions in each discriminator before the last")
-    num_d: int = _option(2, "discriminator scales")
-
-    # Losses
-    gan_mode: str = _option("hinge", "adversarial loss", GAN_MODES)
-    lambda_feat: float = _option(10.0, "weight of discriminator feature matching")
-    lambda_vgg: float = _option(10.0, "weight of the VGG19 perceptual loss; 0 needs no VGG weights")
-    lambda_kl: float = _option(0.05, "weight of the encoder's KL divergence (use_vae)")
-    lambda_l1: float = _option(0.0, "weight of the mean absolute difference to the real image; not in the paper")
-    vgg_weights: str | None = _option(None, "file of VGG19 weights in torchvision's format (default: download)")
-
-    # Schedule
-    batch_size: int = _option(32, "images in a step, of all processes together")
-    epochs: int | None = _option(50, "passes over the dataset")
-    steps: int | None = _option(None, "iterations, instead of epochs")
-    d_steps_per_g: int = _option(
+    preset: str | None = _schedule(None, "the paper's schedule for a dataset (default: the dataset's)", tuple(PRESETS))
+    batch_size: int | None = _schedule(
+        None,
+        "images in a step, of all processes together (default: the paper's 32, or 16 for Cityscapes; for the dataset "
+        "folder what fits the data and the device)",
+    )
+    epochs: int | None = _schedule(50, "passes over the dataset")
+    steps: int | None = _schedule(None, "iterations, instead of epochs")
+    max_minutes: float | None = _schedule(None, "save and stop after this many minutes of training in this process")
+    d_steps_per_g: int = _schedule(
         1,
-        "iterations, each an update of the discriminator, for one update of the generator; counted from the start of "
-        "the run, not anew in each epoch",
+        "discriminator updates for one update of the generator; each is an iteration, and iterations are counted from "
+        "the start of the run, not anew in each epoch",
     )
-    decay_from: int | None = _option(None, "epoch from which the learning rates fall linearly to 0 (default: never)")
-    lr: float = _option(2e-4, "Adam's learning rate; with ttur the generator gets half, the discriminator twice")
-    ttur: bool = _option(True, "two time-scale learning rates")
-    beta1: float | None = _option(None, "Adam's beta1 (default: 0 with ttur, else 0.5)")
-    beta2: float | None = _option(None, "Adam's beta2 (default: 0.9 with ttur, else 0.999)")
-    ema: float = _option(0.9999, "decay of the moving average of the generator's weights; 0 keeps none")
-    ema_samples: int = _option(256, "label maps that set the average's batch-norm statistics before it is used")
-    max_minutes: float | None = _option(None, "save and stop after so many minutes of training in this process")
+    decay_from: int | None = _schedule(
+        None, "epoch from which the learning rates fall linearly to 0 (default: the learning rates are constant)"
+    )
+    lr: float = _schedule(
+        2e-4, "Adam's learning rate; with ttur the generator gets half of it, the discriminator twice"
+    )
+    ttur: bool = _schedule(True, "two time-scale learning rates")
+    beta1: float | None = _schedule(None, "Adam's beta1 (default: 0 with ttur, else 0.5)")
+    beta2: float | None = _schedule(None, "Adam's beta2 (default: 0.9 with ttur, else 0.999)")
+    ema: float = _schedule(0.9999, "decay of the moving average of the generator's weights; 0 keeps no average")
+    ema_samples: int = _schedule(256, "label maps that set the average's batch-norm statistics before it is used")
 
-    # Speed and memory
-    amp: str = _option("auto", "what networks compute in; auto: bf16 on GPUs that have it, else fp32", AMP_MODES)
-    tf32: bool = _option(False, "let float32 matrix products and convolutions on GPUs round their input to TF32")
-    compile: bool = _option(False, "torch.compile generator and discriminator")
-    accumulate: int = _option(1, "micro-batches whose gradients add up to a step's; batch norm sees one at a time")
-    checkpoint_blocks: bool = _option(False, "keep only the input of each residual block and compute it again backward")
-    share_fake: bool = _option(
-        False, "discriminator learns on the images of the generator's step: not the paper's order"
+    ngf: int = _network(64, "width of the generator and encoder")
+    ndf: int = _network(64, "width of the discriminator")
+    num_upsampling_layers: str = _network("normal", "upsampling layers in the generator", tuple(UPSAMPLING_LAYERS))
+    z_dim: int | None = _network(None, "size of the noise vector the generator starts from (default: the label map)")
+    use_vae: bool = _network(False, "train an image encoder too, for style from a photo (z_dim 256 unless given)")
+    norm: str = _network("syncbatch", "SPADE's parameter-free norm", NORMS)
+    kernel_size: int = _network(3, "kernel of SPADE's convolutions", KERNEL_SIZES)
+    spectral_norm: bool = _network(True, "spectral norm in the generator")
+    norm_d: str = _network("spectralinstance", "spectral norm and norm in the discriminator", CONV_NORMS)
+    norm_e: str = _network("spectralinstance", "spectral norm and norm in the encoder", CONV_NORMS)
+    spade: str = _network("fused", "SPADE layer; both are the same function", ("fused", "reference"))
+    init: str = _network("released", "first weights: as the released networks started, or as the paper says", INITS)
+    n_layers_d: int = _network(4, "convolutions in each discriminator before the last")
+    num_d: int = _network(2, "discriminator scales")
+
+    gan_mode: str = _loss("hinge", "adversarial loss", GAN_MODES)
+    lambda_feat: float = _loss(10.0, "weight of discriminator feature matching")
+    lambda_vgg: float = _loss(10.0, "weight of the VGG19 perceptual loss; 0 needs no VGG weights")
+    lambda_kl: float = _loss(0.05, "weight of the encoder's KL divergence (use_vae)")
+    lambda_l1: float = _loss(0.0, "weight of the mean absolute difference to the real image; not in the paper")
+    vgg_weights: str | None = _loss(None, "file of VGG19 weights in torchvision's format (default: download)")
+
+    device: str = _speed("auto", "auto, cpu, cuda, cuda:1, ...")
+    amp: str = _speed("auto", "what networks compute in; auto: bf16 on GPUs that have it, else fp32", AMP_MODES)
+    tf32: bool = _speed(False, "let float32 matrix products and convolutions on GPUs round their input to TF32")
+    compile: bool = _speed(False, "torch.compile generator and discriminator; the first steps then take minutes")
+    accumulate: int = _speed(1, "micro-batches whose gradients add up to a step's; batch norm sees one at a time")
+    checkpoint_blocks: bool = _speed(False, "keep only the input of each residual block and compute it again backward")
+    share_fake: bool = _speed(
+        False, "the discriminator learns on the images of the generator's step: not the paper's order of updates"
     )
 
-    # The run
-    out: str = _option("runs/train", "directory of the run")
-    seed: int = _option(0, "seed of weights, order, augmentation and noise")
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...")
-    workers: int = _option(2, "data-loading processes; 0 loads in the training process")
-    save_every: int = _option(1000, "steps between checkpoints")
-    keep: int = _option(3, "newest checkpoints kept")
-    sample_every: int = _option(500, "steps between pictures of fixed samples; 0 draws none")
-    num_samples: int = _option(4, "samples in those pictures")
-    log_every: int = _option(10, "steps between lines of stats.jsonl")
-    tensorboard: bool = _option(True, "write TensorBoard events, where it is installed")
+    out: str = _run("runs/train", "directory of the run")
+    save_every: int = _run(1000, "steps between checkpoints")
+    keep: int = _run(3, "newest checkpoints kept")
+    sample_every: int = _run(500, "steps between pictures of fixed samples; 0 draws none")
+    sample_minutes: float = _run(
+        5.0, "minutes between pictures at most; the first is drawn after 5 steps or one minute; 0 counts steps alone"
+    )
+    num_samples: int = _run(4, "samples in those pictures")
+    log_every: int = _run(10, "steps between lines of stats.jsonl")
+    tensorboard: bool = _run(True, "write TensorBoard events, if TensorBoard is installed")
+    wandb: str | None = _run(None, "project of Weights & Biases to log to as well; needs the package wandb")
 
     def lrs(self) -> tuple[float, float]:
-        """Base learning rates of generator (and encoder) and of discriminator."""
+        """Base learning rates of the generator (and encoder) and of the discriminator."""
         return (self.lr / 2, self.lr * 2) if self.ttur else (self.lr, self.lr)
 
     def save(self, path: str | Path) -> None:
-        """Writes the options as JSON, readable with `--config`."""
+        """Writes the options as JSON, which `--config` reads."""
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
-# What a run can't change half-way: how its networks started, their shapes, and what "the same position in the same
-# epoch" means.
+# What a resumed run can't change: its networks' shapes, how they started, and the order of its samples.
 RESUME_FIXED = (
     *("dataset", "num_classes", "ignore_value", "shift_labels", "use_edges", "crop_size", "aspect_ratio"),
-    *("synthetic_size", "ngf", "ndf", "num_upsampling_layers", "z_dim", "use_vae", "norm", "kernel_size"),
+    *("synthetic_size", "val_split", "ngf", "ndf", "num_upsampling_layers", "z_dim", "use_vae", "norm", "kernel_size"),
     *("spectral_norm", "norm_d", "norm_e", "init", "n_layers_d", "num_d", "batch_size", "seed"),
 )
-
-
-# What a run did whose configuration is older than the option.
+# What a run did whose configuration is older than these options.
 BEFORE_INIT = {"init": "glorot", "spectral_norm": True, "norm_d": "spectralinstance", "norm_e": "spectralinstance"}
 
+if TYPE_CHECKING:
 
-def flag(name: str) -> str:
-    """The option as it is written on the command line."""
-    return "--" + name.replace("_", "-")
+    class ResolvedConfig(TrainConfig):
+        """What `resolve_config` returns: these are never None."""
 
-
-def _kinds(name: str) -> tuple[type, ...]:
-    hint = get_type_hints(TrainConfig)[name]
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _convert(name: str, value: Any, where: str) -> Any:
-    """Value as the field's type; a JSON 1 is fine for a float, a JSON "32" is not an int."""
-    kinds = _kinds(name)
-    ok = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-    if not ok and float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        value, ok = float(value), True
-    if not ok:
-        wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-        raise ConfigError(f"{where}: {name} must be {wanted}, got {value!r}")
-    choices = FIELDS[name].metadata["choices"]
-    if choices and value is not None and value not in choices:
-        raise ConfigError(f"{where}: {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-    return value
+        crop_size: int
+        load_size: int
+        aspect_ratio: float
+        preprocess: str
+        batch_size: int  # 0 for the dataset folder until `setup.fit_batch_size` has seen the samples
+        beta1: float
+        beta2: float
+else:
+    ResolvedConfig = TrainConfig
 
 
-def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {', '.join(close)}?" if close else ""
-
-
-def migrate(values: dict[str, Any]) -> dict[str, Any]:
-    """Options that an earlier version wrote, in today's names: its raw_labels is the opposite of shift_labels."""
-    values = dict(values)
-    raw = values.get("raw_labels")
-    if not isinstance(raw, bool):
-        return values
-    del values["raw_labels"]
-    # The other datasets' configurations carried it too, where it meant nothing.
-    if str(values.get("dataset") or values.get("preset")).startswith("ade20k"):
-        values.setdefault("shift_labels", not raw)
-    return values
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The options that a JSON or YAML file gives; see `spade_fast.cli.read_options`."""
+    return read_options(path, TrainConfig, migrate)
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
@@ -218,25 +187,13 @@ def read_run(path: str | Path) -> dict[str, Any]:
     return {**BEFORE_INIT, **read_file(path)}
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
-    """Options of a JSON file. Raises ConfigError for a file that can't be read, an unknown key or a wrong type."""
-    try:
-        values = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ConfigError(f"{path}: not a readable JSON file: {e}") from e
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold one JSON object, got {type(values).__name__}")
-    values = migrate(values)
-    for name in values:
-        if name not in FIELDS:
-            raise ConfigError(f"{path}: unknown option {name!r}{_suggest(name, list(FIELDS))}")
-    return {name: _convert(name, value, str(path)) for name, value in values.items()}
-
-
 def merge(file: dict[str, Any], command_line: dict[str, Any]) -> TrainConfig:
     """Defaults < preset < file < command line. Without a preset, the dataset's own applies where there is one.
 
-    `steps` and `epochs` exclude each other: the one in the later place wins, both in one place is an error.
+    `steps` and `epochs` exclude each other. The one in the later place wins.
+
+    Raises:
+        ConfigError: one place gives both steps and epochs, or the preset is for another dataset.
     """
     given = {**file, **command_line}
     preset = given.get("preset") or given.get("dataset", TrainConfig.dataset)
@@ -253,7 +210,7 @@ def merge(file: dict[str, Any], command_line: dict[str, Any]) -> TrainConfig:
         elif layer.get("epochs") is not None:
             merged["steps"] = None
     config = TrainConfig(**merged)
-    if given.get("preset") and config.dataset != PRESETS[given["preset"]]["dataset"]:
+    if config.preset is not None and config.dataset != PRESETS[config.preset]["dataset"]:
         raise ConfigError(
             f"preset {config.preset!r} is for the dataset {PRESETS[config.preset]['dataset']!r}, but "
             f"dataset is {config.dataset!r}: leave one of {flag('preset')}, {flag('dataset')} out"
@@ -261,12 +218,13 @@ def merge(file: dict[str, Any], command_line: dict[str, Any]) -> TrainConfig:
     return config
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
-    """A copy in which the dataset's defaults and dependent options are filled in and everything is checked.
+def resolve_config(config: TrainConfig) -> ResolvedConfig:
+    """A copy with the dataset's defaults and dependent options filled in, and everything checked.
 
-    Raises ConfigError naming the option.
+    Raises:
+        ConfigError: an option is out of range or contradicts another. The message names it.
     """
-    c = dataclasses.replace(config)
+    c = cast(ResolvedConfig, dataclasses.replace(config))
     for name in PATHS:
         if getattr(c, name) is not None:
             # Absolute, so that a run can be resumed in another working directory.
@@ -284,10 +242,13 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if c.beta2 is None:
         c.beta2 = 0.9 if c.ttur else 0.999
     _check(c)
+    if config.batch_size is None:
+        c.batch_size = 0 if c.dataset == "folder" else PAPERS_BATCH_SIZE
+    _check_sizes(c)
     return c
 
 
-def _check(c: TrainConfig) -> None:
+def _check(c: ResolvedConfig) -> None:
     def need(ok: bool, name: str, rule: str) -> None:
         if not ok:
             raise ConfigError(f"{flag(name)} must be {rule}, got {getattr(c, name)!r}")
@@ -296,8 +257,10 @@ def _check(c: TrainConfig) -> None:
         *("ngf", "ndf", "batch_size", "accumulate", "n_layers_d", "num_d", "save_every", "keep", "log_every"),
         *("num_samples", "ema_samples", "d_steps_per_g"),
     ):
-        need(getattr(c, name) >= 1, name, "at least 1")
-    for name in ("lambda_feat", "lambda_vgg", "lambda_kl", "lambda_l1", "workers", "sample_every", "seed"):
+        need(getattr(c, name) is None or getattr(c, name) >= 1, name, "at least 1")
+    for name in (
+        *("lambda_feat", "lambda_vgg", "lambda_kl", "lambda_l1", "workers", "sample_every", "sample_minutes", "seed"),
+    ):
         need(getattr(c, name) >= 0, name, "0 or more")
     for name in ("z_dim", "num_classes", "synthetic_size", "steps", "epochs", "max_minutes", "aspect_ratio", "lr"):
         need(getattr(c, name) is None or getattr(c, name) > 0, name, "above 0")
@@ -313,8 +276,28 @@ def _check(c: TrainConfig) -> None:
             f"{flag('share_fake')} does not go with {flag('d_steps_per_g')} {c.d_steps_per_g}: iterations without a "
             "generator step have no images to share; leave one out"
         )
+    _check_held_out(c)
     if c.steps is None and c.epochs is None:
         raise ConfigError(f"one of {flag('steps')} and {flag('epochs')} is needed")
+
+
+def _check_held_out(c: ResolvedConfig) -> None:
+    directories = [name for name in ("val_image_dir", "val_label_dir", "val_instance_dir") if getattr(c, name)]
+    if c.val_split is not None:
+        if not 0 < c.val_split < 1:
+            raise ConfigError(f"{flag('val_split')} must be above 0 and below 1, got {c.val_split!r}")
+        if directories:
+            raise ConfigError(f"{flag('val_split')} does not go with {flag(directories[0])}: leave one out")
+        if c.dataset == "synthetic":
+            raise ConfigError(
+                f"{flag('val_split')}: the dataset synthetic has held-out scenes of its own; leave it out"
+            )
+    for name in ("val_image_dir", "val_label_dir"):
+        if directories and name not in directories:
+            raise ConfigError(f"{flag(directories[0])} needs {flag(name)} too: held-out images and their label maps")
+
+
+def _check_sizes(c: ResolvedConfig) -> None:
     try:
         height, width = start_size(c.crop_size, c.aspect_ratio, c.num_upsampling_layers)
     except ValueError as e:
@@ -325,35 +308,5 @@ def _check(c: TrainConfig) -> None:
             f"{flag('norm')} {c.norm} has one value a channel to normalize: the generator starts from {height * width} "
             f"pixel with {flag('crop_size')} {c.crop_size}, {flag('batch_size')} is {c.batch_size}; take a larger crop"
         )
-    need(c.load_size >= c.crop_size, "load_size", f"at least {flag('crop_size')} {c.crop_size}")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds an option for every field; one that is not given leaves no trace in the namespace."""
-    for name, field in FIELDS.items():
-        kind = next(k for k in _kinds(name) if k is not type(None))
-        text = field.metadata["help"].replace("%", "%%")
-        if field.default is not None:
-            text += f" (default: {field.default})"
-        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
-        if kind is bool:
-            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, **common)
-        else:
-            parser.add_argument(
-                flag(name),
-                type=kind,
-                choices=field.metadata["choices"],
-                metavar=None if field.metadata["choices"] else kind.__name__.upper(),
-                **common,
-            )
-
-
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """(the parser's other options, the config options given). An unknown option ends the program, naming close ones."""
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [s for action in parser._actions for s in action.option_strings]
-        name = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
-        parser.error(f"unknown option {name}{_suggest(name, known)}")
-    given = {name: value for name, value in vars(args).items() if name in FIELDS}
-    return args, given
+    if c.load_size < c.crop_size:
+        raise ConfigError(f"{flag('load_size')} must be at least {flag('crop_size')} {c.crop_size}, got {c.load_size}")

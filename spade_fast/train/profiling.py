@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def _synchronize() -> None:
 
 @contextlib.contextmanager
 def span(name: str) -> Iterator[None]:
-    """Names a part of the step, in traces; inside `timed`, adds its seconds, waiting for the device at both ends."""
+    """Names a part of the step in traces. Inside `timed` it also measures the part and waits for the device."""
     if _times is None:
         with record_function(name):
             yield
@@ -38,12 +39,15 @@ def span(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def timed() -> Iterator[dict[str, float]]:
-    """Seconds of every span inside, by name, and "step", all of it. Waiting at each border hides no work behind other
-    work, so that the parts add up; the step is a little slower for it."""
+    """Seconds of every span inside, by name, and of everything as "step".
+
+    The spans wait for the device at both ends, so that the parts add up. The step is a little slower for that.
+    """
     global _times
     _synchronize()
     start = time.perf_counter()
-    _times = times = {}
+    times: dict[str, float] = {}
+    _times = times
     try:
         yield times
     finally:
@@ -53,7 +57,13 @@ def timed() -> Iterator[dict[str, float]]:
 
 
 def table(seconds: dict[str, float], steps: int = 1, communication: float | None = None) -> str:
-    """Milliseconds a step and shares of it, as text. seconds: of `timed`, over `steps` steps."""
+    """Milliseconds a step and shares of it, as text.
+
+    Args:
+        seconds: what `timed` measured.
+        steps: how many steps that was.
+        communication: seconds of the collectives, or None for one process.
+    """
     whole = seconds["step"]
     rows = [(name, seconds.get(name, 0.0)) for name in PARTS]
     rows.append(("other", whole - sum(value for _, value in rows)))
@@ -65,9 +75,12 @@ def table(seconds: dict[str, float], steps: int = 1, communication: float | None
 
 
 class StepProfile:
-    """From step `after` on: a trace of STEPS steps, then a table of as many, in `folder`.
+    """Traces STEPS steps, then measures as many.
 
-    Every process of the run calls `before_step`, at the same steps; `write` says which one writes.
+    Args:
+        after: the number of steps before.
+        folder: where trace.json and table.txt go.
+        write: whether this process writes them. Every process of the run calls `before_step` at the same steps.
     """
 
     def __init__(self, after: int, folder: Path, write: bool) -> None:
@@ -78,7 +91,7 @@ class StepProfile:
         self._timed: contextlib.ExitStack | None = None
 
     def before_step(self, done: int) -> str | None:
-        """Call when `done` steps of this process are done; the table, once there is one."""
+        """What to do when `done` steps of this process are done. Returns the table once there is one."""
         if done == self.after:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._profile = profile(activities=activities)
@@ -92,19 +105,22 @@ class StepProfile:
         return None
 
     def _end_trace(self) -> None:
+        trace = self._profile
+        assert trace is not None  # before_step started it
         _synchronize()
-        self._profile.stop()
-        for event in self._profile.key_averages():
+        trace.stop()
+        for event in trace.key_averages():
             if event.key.startswith("ncclDevKernel"):  # a collective on a GPU is a kernel
                 self._communication += 1e-6 * event.device_time_total
             elif event.key.startswith("gloo:"):
                 self._communication += 1e-6 * event.cpu_time_total
         if self.write:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._profile.export_chrome_trace(str(self.folder / "trace.json"))
+            trace.export_chrome_trace(str(self.folder / "trace.json"))
         self._profile = None
 
     def _end_table(self) -> str:
+        assert self._timed is not None  # before_step started it
         self._timed.close()
         communication = self._communication if torch.distributed.is_initialized() else None
         text = table(self.seconds, STEPS, communication)
@@ -113,8 +129,34 @@ class StepProfile:
         return f"{text}\ntrace: {self.folder / 'trace.json'}"
 
     def close(self) -> None:
-        """Ends what is still open, when training ends earlier than the profile would."""
+        """Ends what is still open. Training may end before the profile does."""
         if self._profile is not None:
             self._end_trace()
         if self._timed is not None:
             self._timed.close()
+
+
+@contextlib.contextmanager
+def profiled(after: int | None, folder: Path, write: bool, note: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Profiles some of the steps inside, as `StepProfile` does.
+
+    Args:
+        after: the number of steps before; None profiles nothing.
+        folder: where the files go.
+        write: whether this process writes them.
+        note: takes the table.
+
+    Yields:
+        What to call before each step.
+    """
+    if after is None:
+        yield lambda: None
+        return
+    profiler, steps = StepProfile(after, folder, write), itertools.count()
+
+    def before_step() -> None:
+        if text := profiler.before_step(next(steps)):
+            note(text)
+
+    with contextlib.closing(profiler):
+        yield before_step

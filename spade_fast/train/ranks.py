@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of one training run: one alone, or those that torchrun started, on one machine or on many."""
+"""The processes of one training run: one process, or those that torchrun started on one machine or on many."""
 
 from __future__ import annotations
 
 import inspect
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,13 +17,16 @@ from spade_fast.cli import ConfigError, pick_device
 
 
 class Ranks:
-    """This process among `world`; rank 0 logs and saves.
+    """This process among `world` processes. Rank 0 logs and saves.
+
+    Joins the process group that torchrun's environment describes (NCCL on GPUs, gloo on CPUs), unless the program has
+    initialized one.
 
     Args:
-        device: as the option; with several processes `auto` and `cuda` are the GPU of each one's local rank.
+        device: as the option. With several processes, `auto` and `cuda` mean the GPU of the process's local rank.
 
-    Joins the process group that torchrun's environment describes (NCCL on GPUs, gloo on CPUs) unless the program has
-    initialized one.
+    Raises:
+        ConfigError: the device is not there, or several processes are to share one GPU.
     """
 
     def __init__(self, device: str = "auto") -> None:
@@ -49,18 +53,18 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def part(self, count: int) -> tuple[int, int]:
-        """(start, stop) of this process's share of `count` things; shares differ by one at most."""
+    def share(self, count: int) -> tuple[int, int]:
+        """(start, stop) of this process's share of `count` things. Shares differ by one at most."""
         return count * self.rank // self.world, count * (self.rank + 1) // self.world
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes; in place."""
+        """The sum over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def same(self, value: int, what: str) -> None:
-        """Raises RuntimeError unless every process has this value."""
+        """Raises RuntimeError unless every process has this value. `what` names it."""
         if self.world == 1:
             return
         values = [torch.empty(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
@@ -70,21 +74,21 @@ class Ranks:
             raise RuntimeError(f"the processes differ in {what}: {numbers}; do all of them see the same files?")
 
     def parallel(self, net: nn.Module) -> nn.Module:
-        """The network with gradients averaged over processes while backward runs; itself if there is one process.
+        """The network with gradients averaged over processes while backward runs. One process gets the network itself.
 
-        Every process starts from rank 0's. Later, buffers need no broadcast: spectral norm's vectors are functions of
-        weights, which are equal everywhere, and synchronized running statistics are equal by construction.
+        Every process starts with rank 0's weights and buffers. Later, buffers need no broadcast. Spectral norm's
+        vectors are functions of weights, which are equal everywhere. Synchronized running statistics are equal too.
         """
         if self.world == 1:
             return net
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)  # with weights, DistributedDataParallel does it
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters  # torch 2.13
-        buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
         return DistributedDataParallel(net, gradient_as_bucket_view=True, **buffers)
 
     def leave(self) -> None:
-        """Ends what the constructor joined; after a failure, leave that to torchrun."""
+        """Leaves the process group that the constructor joined. After a failure, torchrun does that."""
         if self._joined:
             dist.destroy_process_group()
 

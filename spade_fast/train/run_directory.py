@@ -20,11 +20,17 @@ import numpy as np
 import torch
 
 from spade_fast.files import cause, writing
-from spade_fast.models.checkpoint import atomic_save, checkpoint_path, list_checkpoints, remove_leftovers, safe_load
+from spade_fast.models.checkpoint import (
+    atomic_save,
+    checkpoint_path,
+    list_checkpoints,
+    load_training_checkpoint,
+    remove_leftovers,
+)
 
 LOCK = ".lock"
-# What this process has locked, by process, device and inode: the system's locks do not exclude their own process, and
-# opening and closing a locked file once more would lift its lock. A forked process has no part in it.
+# The run directories that this process has locked, by process, device and inode. The system's locks do not exclude
+# their own process. A forked process holds no lock, and its process number differs.
 _locked: weakref.WeakValueDictionary[tuple[int, int, int], RunDirectory] = weakref.WeakValueDictionary()
 
 
@@ -45,15 +51,16 @@ class RunDirectory:
         self._made: list[Path] = []
 
     def require_new(self) -> None:
-        """Raises RunDirectoryError when the directory holds anything already."""
+        """Raises RunDirectoryError if the directory holds anything already."""
         if self.path.exists() and (not self.path.is_dir() or any(entry.name != LOCK for entry in self.path.iterdir())):
             raise RunDirectoryError(
                 f"{self.path} exists and is not empty: --resume continues the run in it, another --out starts a new one"
             )
 
     def lock(self) -> None:
-        """Keeps others out, in this process too, until `unlock` or the end of this one, however it ends; then removes
-        what killed saves left. Makes the directory.
+        """Makes the directory and keeps others out of it, in other processes and in this one.
+
+        The lock lasts until `unlock` or the end of this process, however it ends. What killed saves left is removed.
 
         Raises:
             RunDirectoryError: another process trains in it, or another run of this process.
@@ -79,7 +86,7 @@ class RunDirectory:
     def _claim(self, key: tuple[int, int, int]) -> None:
         """Raises RunDirectoryError when another RunDirectory of this process holds the directory."""
         if _locked.setdefault(key, self) is not self:
-            gc.collect()  # one that nothing uses any more
+            gc.collect()  # it may hold a RunDirectory that nothing uses any more
             if _locked.setdefault(key, self) is not self:
                 raise RunDirectoryError(
                     f"{self.path}: another run of this process (process {os.getpid()}) trains in this directory; wait "
@@ -120,13 +127,13 @@ class RunDirectory:
             self._lock.flush()
 
     def unlock(self) -> None:
-        """Lets others in; a directory that `lock` made and nothing was written to goes."""
+        """Lets others in. Removes the directory if `lock` made it and nothing was written to it."""
         self._release()
         if self._lock is None:
             return
         with contextlib.suppress(OSError):
             (self.path / LOCK).unlink()
-        with contextlib.suppress(OSError):  # of a full disk, on what was not flushed
+        with contextlib.suppress(OSError):  # a full disk fails here if something was not flushed
             self._lock.close()
         self._lock = None
         with contextlib.suppress(OSError):  # not empty
@@ -139,6 +146,7 @@ class RunDirectory:
             raise RunDirectoryError(f"--resume: {self.path} has no run in it ({self.config.name} is missing)")
 
     def create(self) -> None:
+        """Makes the directory and its samples/. Raises WriteError if it can't be made."""
         with writing(self.samples):
             self.samples.mkdir(parents=True, exist_ok=True)
 
@@ -155,17 +163,18 @@ class RunDirectory:
         return path
 
     def load_newest(self) -> tuple[dict[str, Any], Path] | None:
-        """The newest checkpoint that can be read; None when there is none yet. One that can't be read is skipped.
+        """The newest checkpoint that can be read, with a warning for each newer one.
 
-        Raises RunDirectoryError when there are checkpoints and none can be read.
+        Returns:
+            The checkpoint (`training_checkpoint`) and its path, or None if there is none yet.
+
+        Raises:
+            RunDirectoryError: there are checkpoints, and none can be read.
         """
         found = self.checkpoints()
         for path in reversed(found):
             try:
-                state = safe_load(path)
-                if not isinstance(state, dict) or "training" not in state:
-                    raise ValueError("it holds no training state")
-                return state, path
+                return load_training_checkpoint(path), path
             except Exception as e:  # a truncated file fails in many ways: zip, pickle, end of file
                 warnings.warn(f"skipping {path}: {type(e).__name__}: {e}", stacklevel=2)
         if found:
@@ -173,7 +182,7 @@ class RunDirectory:
         return None
 
     def truncate_stats(self, step: int) -> None:
-        """Drops the lines after `step` (and a half-written last one), which a resumed run will write again."""
+        """Drops the lines after `step` and a half-written last line. A resumed run writes them again."""
         if not self.stats.is_file():
             return
         kept = []
@@ -199,7 +208,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Puts back what `random_state` returned; CUDA's only when as many devices are visible as then."""
+    """Puts back what `random_state` returned. CUDA's states need as many visible devices as there were then."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

@@ -6,8 +6,8 @@
     SIGHUP             the terminal is gone; ignored where it is at the start, as under nohup
     SIGUSR1, SIGUSR2   a warning before the end of a job's time, as of Slurm's --signal
 
-Any other second signal changes nothing, nor does an earlier second SIGTERM: launchers and schedulers send several to
-each process.
+Any other second signal changes nothing. Nor does a SIGTERM within a second of the first: launchers and schedulers send
+several to each process.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import signal
 import time
 from types import FrameType, TracebackType
+from typing import Any
 
 STOPPING = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"))
 
@@ -23,13 +24,16 @@ STATUS_TERMINATED = 128 + signal.SIGTERM
 
 
 class StopSignals:
-    """While entered, the first signal of STOPPING is kept in `received`. A SIGINT after it raises KeyboardInterrupt;
-    a SIGTERM that is REPEATED seconds after an earlier SIGTERM or SIGINT raises SystemExit."""
+    """While entered, keeps the first signal of STOPPING in `received`.
+
+    A SIGINT after it raises KeyboardInterrupt. A SIGTERM that comes REPEATED seconds or more after an earlier SIGTERM
+    or SIGINT raises SystemExit.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._asked: float | None = None  # when the first SIGTERM or SIGINT came
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}  # the handlers before
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
@@ -56,10 +60,10 @@ class StopSignals:
 
 
 def worker_signals(worker: int) -> None:
-    """For data-loading processes: a signal to the whole process group must not end them before the last step.
+    """Signal handlers of a data-loading process. A signal to the process group must not end it before the last step.
 
-    Of STOPPING they ignore all but SIGTERM, and of SIGTERM only the first: a second ends them, as the loader does when
-    they do not end by themselves.
+    The process ignores the signals of STOPPING, except for a second SIGTERM, which ends it. The loader sends one to
+    processes that do not end by themselves.
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

@@ -7,34 +7,39 @@ import contextlib
 import dataclasses
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import default_collate
+from torch import Tensor, nn
 
-from spade_fast import data, models, pictures
-from spade_fast.cli import ConfigError
+from spade_fast import models
+from spade_fast.cli import flag
+from spade_fast.data.options import migrate, open_dataset
 from spade_fast.files import writing
-from spade_fast.labels.batch import batch_labels
 from spade_fast.labels.label_map import LabelMap
-from spade_fast.models.checkpoint import FORMAT, checkpoint_path
-from spade_fast.train import batches
-from spade_fast.train.config import BEFORE_INIT, RESUME_FIXED, TrainConfig, flag, migrate
-from spade_fast.train.monitor import Monitor, import_tqdm
-from spade_fast.train.profiling import StepProfile, span
+from spade_fast.models.checkpoint import checkpoint_path, training_checkpoint
+from spade_fast.train import setup
+from spade_fast.train.batch_size import fit_batch_size
+from spade_fast.train.batches import device_batches
+from spade_fast.train.config import BEFORE_INIT, RESUME_FIXED, ResolvedConfig
+from spade_fast.train.exchange import exchange
+from spade_fast.train.monitor import Monitor, import_wandb
+from spade_fast.train.opening import opening
+from spade_fast.train.profiling import profiled, span
 from spade_fast.train.ranks import Ranks
+from spade_fast.train.recalibration import Recalibration
 from spade_fast.train.run_directory import RunDirectory, RunDirectoryError, random_state, restore_random_state
+from spade_fast.train.samples import FixedSamples, SampleSheets
 from spade_fast.train.schedule import lr_factor
-from spade_fast.train.setup import build_networks, check_size, length, open_dataset, steps_per_epoch
 from spade_fast.train.step import TrainingStep
-from spade_fast.train.stopping import STOPPING, StopSignals
+from spade_fast.train.stopping import StopSignals
 
-NON_FINITE_LIMIT = 20  # consecutive steps whose losses fp16 may lose to overflow before that is no loss scale's doing
-SIGNALS = tuple(signal.name for signal in STOPPING)
-REASONS = (*SIGNALS, "time", "fault")
+NON_FINITE_LIMIT = 20  # fp16 overflows for a few steps until its loss scale fits; more in a row have another cause
+
+Batch = tuple[LabelMap, Tensor]
 
 
 class NonFiniteError(RuntimeError):
@@ -44,16 +49,18 @@ class NonFiniteError(RuntimeError):
 class Trainer:
     """A training run.
 
+    Everything that can fail for a wrong option or a missing file fails in the constructor, before anything is written.
+
     Args:
-        config: resolved options (`spade_fast.train.config.resolve`).
+        config: resolved options (`spade_fast.train.config.resolve_config`).
         resume: continue from the newest checkpoint in `config.out`.
         ranks: the processes of the run; by default those of torchrun's environment.
 
-    Everything that can fail for a wrong option or missing file fails here, before anything is written.
+    Raises:
+        ConfigError, DataError, RunDirectoryError, VGGWeightsError, MissingExtraError: see the modules of each.
     """
 
-    def __init__(self, config: TrainConfig, resume: bool = False, ranks: Ranks | None = None) -> None:
-        self.config = config
+    def __init__(self, config: ResolvedConfig, resume: bool = False, ranks: Ranks | None = None) -> None:
         self.directory = RunDirectory(config.out)
         self.ranks = ranks or Ranks(config.device)
         if resume:
@@ -65,83 +72,72 @@ class Trainer:
         try:
             if not resume and self.ranks.is_main:
                 self.directory.require_new()  # again: another process may have been faster
-            self._prepare(resume)
+            self._prepare(config, resume)
         except BaseException:
             self.directory.unlock()
             raise
 
-    def _prepare(self, resume: bool) -> None:
-        config = self.config
-        import_tqdm()  # fails now if it is missing, not after the data is read
+    def _prepare(self, config: ResolvedConfig, resume: bool) -> None:
+        """Checks the paths, the data and the batch; then builds the networks; VGG's weights, a download, come last."""
         self.device = self.ranks.device
-        if config.tf32:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        vgg = models.load_vgg19(config.vgg_weights).to(self.device) if config.lambda_vgg > 0 else None
-
+        if config.wandb is not None and self.ranks.is_main:
+            import_wandb()
         self.dataset = open_dataset(config, "train")
-        self.steps_per_epoch = steps_per_epoch(config, self.dataset)
-        self.total_steps, self.epochs = length(config, self.steps_per_epoch)
-        self.fixed = self._fixed_samples() if self.ranks.is_main else []
+        config, chosen = fit_batch_size(config, self.dataset, self.device, self.ranks.world)
+        self.ranks.same(config.batch_size, "the batch size that fits their device; give --batch-size")
+        self.config = config
+        self.steps_per_epoch = setup.steps_per_epoch(config, self.dataset)
+        self.total_steps, self.epochs = setup.length(config, self.steps_per_epoch)
+        setup.check_batch(config, self.ranks.world)
+        setup.check_sharing(config, self.ranks)
+        fixed = FixedSamples(config, self.dataset) if self.ranks.is_main else None
 
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
-        self.nets = build_networks(config, self.dataset.label_nc)
-        check_size(config, self.dataset, self.nets["generator"])
-        self._check_statistics()
+        if config.tf32:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.nets = setup.build_networks(config, self.dataset.label_nc)
+        self.generator, self.discriminator = setup.generator_of(self.nets), self.nets["discriminator"]
+        setup.check_size(config, self.dataset, self.generator)
+        setup.check_statistics(config, self.generator, self.ranks.world)
         for net in self.nets.values():
             models.init_weights(net, config.init)
             net.to(self.device).train()
-        self._share_statistics()
-        self.generator, self.discriminator = self.nets["generator"], self.nets["discriminator"]
-        self.training = TrainingStep(self.nets, config, vgg, self.ranks)
+        self.training = TrainingStep(self.nets, config, self._load_vgg(config), self.ranks)
+        self.recalibration = Recalibration(config, self.training)
+        self.sheets = None if fixed is None else SampleSheets(config, fixed, self.training, self.directory.samples)
+
         self.step = self.epoch = self.batch = 0  # steps done; where the next batch is
         self.lost = 0  # consecutive steps with a loss that is not finite
         self.saved_step: int | None = None
-        self._recalibrated: int | None = None  # the step at which the average's statistics were last set
-        self._recalibration_maps: list[LabelMap] | None = None
-        self.last_checkpoint = None
-        self.notes: list[str] = []  # for the user, once the progress bar is there
+        self.last_checkpoint: Path | None = None
+        lines = opening(config, self.training, len(self.dataset), self.total_steps, chosen, fixed)
+        self.notes = lines  # for the user, at the start of training
         if resume:
             self._restore()
         self.ranks.same(self.step, "the step to start from")
 
-    def _check_statistics(self) -> None:
-        """Raises ConfigError when a norm of the generator would see one value a channel in some micro-batch."""
-        c = self.config
-        if c.norm not in ("batch", "syncbatch"):
-            return
-        share = c.batch_size // (self.ranks.world if c.norm == "batch" else 1) // c.accumulate
-        height, width = self.nets["generator"].start
-        if height * width * share == 1:
-            raise ConfigError(
-                f"--norm {c.norm} has one value a channel to normalize: the generator starts from 1 pixel with "
-                f"--crop-size {c.crop_size}, and a micro-batch is 1 image with --batch-size {c.batch_size}, "
-                f"--accumulate {c.accumulate} and {self.ranks.world} processes; take a larger crop or batch"
-            )
+    def _load_vgg(self, config: ResolvedConfig) -> nn.Module | None:
+        if not config.lambda_vgg > 0:
+            return None
+        with torch.random.fork_rng(devices=[]):  # the network draws weights before it gets the real ones
+            return models.load_vgg19(config.vgg_weights).to(self.device)
 
-    def _share_statistics(self) -> None:
-        """Plain layers: torch's own synchronized norm, which is for GPUs. FusedSPADE shares by itself."""
-        if self.ranks.world == 1 or self.config.spade != "reference" or self.config.norm != "syncbatch":
-            return
-        if self.device.type != "cuda":
-            raise ConfigError(
-                "--spade reference --norm syncbatch on several processes needs GPUs (torch.nn.SyncBatchNorm); take "
-                "--spade fused or --norm batch"
-            )
-        self.nets["generator"] = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.nets["generator"])
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Generator step, then discriminator step.
 
-    def train_step(self, batch: tuple[LabelMap, Tensor]) -> dict[str, Tensor]:
-        """Generator step, then discriminator step: this process's shares of the losses, still on the device."""
-        factor = lr_factor(self.epoch, self.epochs, self.config.decay_from)
-        self.training.set_lr(factor)
+        Returns:
+            This process's shares of the losses, still on the device.
+        """
+        self.training.set_lr(lr_factor(self.epoch, self.epochs, self.config.decay_from))
         return self.training(*batch, self.step)
 
     def _check_finite(self, terms: dict[str, float]) -> None:
         """Raises NonFiniteError. With a loss scale a step may be lost to overflow, but not many in a row."""
         wrong = next((name for name, value in terms.items() if not np.isfinite(value)), None)
         self.lost = 0 if wrong is None else self.lost + 1
-        if self.lost > (NON_FINITE_LIMIT if self.training.amp == torch.float16 else 0):
+        if wrong is not None and self.lost > (NON_FINITE_LIMIT if self.training.amp == torch.float16 else 0):
             row = f", as in the {self.lost - 1} steps before it" if self.lost > 1 else ""
             raise self._non_finite(f"the loss term {wrong!r} is {terms[wrong]}{row}", self.step + 1)
 
@@ -152,14 +148,19 @@ class Trainer:
     # The loop
 
     def train(self, profile: int | None = None) -> str:
-        """Trains to the end. Returns why it stopped: "finished", "time", a signal's name, or "fault" when another
-        process has a sample it can't use; it has saved then.
+        """Trains to the end.
 
-        profile: after so many steps, write where the next ones go (`spade_fast.train.profiling`) to profile/.
+        Args:
+            profile: after this many steps, write where the time of the next ones goes to profile/
+                (`spade_fast.train.profiling`).
+
+        Returns:
+            Why it stopped; the run is saved. "finished", "time", a signal's name, or "fault" when another process has
+            a sample that can't be used.
 
         Raises:
-            data.DataError: a sample can't be used; the run is saved and can be resumed once the file is repaired.
-            NonFiniteError: see there; nothing is saved.
+            DataError: a sample can't be used. The run is saved, and can be resumed once the file is repaired.
+            NonFiniteError: a loss or a weight is not finite. Nothing is saved.
         """
         try:
             return self._train(profile)
@@ -167,60 +168,71 @@ class Trainer:
             self.directory.unlock()
 
     def _train(self, profile: int | None) -> str:
+        self._open_directory()
+        with contextlib.ExitStack() as stack:
+            # Signals, progress and batches. Closing the batches ends the loading processes.
+            stop = stack.enter_context(StopSignals())
+            monitor = stack.enter_context(self._monitor())
+            source = device_batches(self.dataset, self.config, self.generator, self.ranks, self.epoch, self.batch)
+            stack.callback(source.close)
+            traces = self.directory.path / "profile"
+            before_step = stack.enter_context(profiled(profile, traces, self.ranks.is_main, monitor.note))
+            for note in self.notes:
+                monitor.note(note)
+            monitor.start()
+            deadline = time.monotonic() + 60 * (self.config.max_minutes or float("inf"))
+            if self.sheets is not None:
+                self.sheets.start()
+
+            # The first batch. The processes tell each other whether all of them have one.
+            batch = self._next(source)
+            _, reason, _ = self._exchange({}, stop, False, batch)
+            if self.step >= self.total_steps:  # a resumed run was at its end
+                reason = "finished"
+
+            # A step at a time, until there is a reason to stop.
+            while reason is None:
+                assert isinstance(batch, tuple)  # a fault is a reason to stop
+                before_step()
+                shares = self.train_step(batch)
+                batch = self._next(source, ahead=1)  # it is loaded while the device works
+                terms, reason, picture = self._exchange(shares, stop, time.monotonic() > deadline, batch)
+                self._check_finite(terms)
+                self._count_step()
+                monitor.step(self.step, self.epoch, terms, self.training.lrs())
+                if self.step == self.total_steps:
+                    reason = "finished"
+                if reason is None and picture:
+                    self._draw_samples(monitor)
+                if reason is None and self.step % self.config.save_every == 0:
+                    self.save()
+
+            # The end: a last picture, and a checkpoint whatever the reason is.
+            if reason == "finished" and self.config.sample_every:
+                self._draw_samples(monitor)
+            self.save()
+            if reason == "fault" and stop.received:  # a SIGTERM to the process group ended the loading processes too
+                return stop.received.name
+            if reason == "fault" and isinstance(batch, Exception):
+                raise batch
+            return reason
+
+    def _open_directory(self) -> None:
+        """Makes the run directory and writes the options to it, in one process."""
         if self.ranks.is_main:
             self.directory.lock()
             self.directory.create()
             with writing(self.directory.config):
                 self.config.save(self.directory.config)
-        profiler, begun = None, self.step
-        if profile is not None:
-            profiler = StepProfile(profile, self.directory.path / "profile", self.ranks.is_main)
-        deadline = time.monotonic() + 60 * (self.config.max_minutes or float("inf"))
-        source = batches.load(self.dataset, self.config, self.generator, self.ranks, self.epoch, self.batch)
-        # Closing the batches ends the loading processes, also when an exception keeps this frame alive.
-        with StopSignals() as stop, Monitor(self) as monitor, contextlib.ExitStack() as stack:
-            stack.callback(source.close)
-            if profiler is not None:
-                stack.callback(profiler.close)
-            for note in self.notes:
-                monitor.note(note)
-            batch = self._next(source) if self.step < self.total_steps else None
-            _, reasons = self._exchange({}, stop, False, batch)
-            while self.step < self.total_steps and "fault" not in reasons:
-                if profiler is not None and (text := profiler.before_step(self.step - begun)):
-                    monitor.note(text)
-                terms = self.train_step(batch)
-                # The next batch comes while the device works; whether every process has one is part of what they tell
-                # each other after the step, so that all stop after the same one.
-                batch = self._next(source) if self.step + 1 < self.total_steps else None
-                terms, reasons = self._exchange(terms, stop, time.monotonic() > deadline, batch)
-                self._check_finite(terms)
-                self.step += 1
-                self.batch += 1
-                if self.batch == self.steps_per_epoch:
-                    self.epoch, self.batch = self.epoch + 1, 0
-                monitor.step(terms)
-                if self.config.sample_every and self.step % self.config.sample_every == 0:
-                    self._draw_samples(monitor)
-                reason = next(iter(reasons), None)
-                if reason or self.step % self.config.save_every == 0:
-                    self.save()
-                if reason and reason != "fault" and self.step < self.total_steps:
-                    return reason
-            if "fault" in reasons and self.step < self.total_steps:
-                self.save()
-                if stop.received:  # a SIGTERM to the whole process group ended the loading processes too
-                    return stop.received.name
-                if isinstance(batch, Exception):
-                    raise batch
-                return "fault"
-            if self.config.sample_every and self.step % self.config.sample_every:
-                self._draw_samples(monitor)
-            self.save()
-        return "finished"
 
-    @staticmethod
-    def _next(source) -> tuple[LabelMap, Tensor] | Exception:
+    def _monitor(self) -> Monitor:
+        place = self.directory.path, self.directory.stats
+        return Monitor(self.config, *place, self.step, self.total_steps, quiet=not self.ranks.is_main)
+
+    def _next(self, source: Iterator[Batch | Exception], ahead: int = 0) -> Batch | Exception | None:
+        """The batch of the step after `ahead` more, or None when that is beyond the end."""
+        if self.step + ahead >= self.total_steps:
+            return None
         try:
             with span("data"):
                 return next(source)
@@ -228,23 +240,22 @@ class Trainer:
             return fault
 
     def _exchange(
-        self, terms: dict[str, Tensor], stop: StopSignals, late: bool, batch: object
-    ) -> tuple[dict[str, float], list[str]]:
-        """(the losses of the whole batch, why to stop), the same in every process: the step's one wait for the GPU."""
-        received = stop.received.name if stop.received else None
-        flags = [*(received == name for name in SIGNALS), late, isinstance(batch, Exception)]
-        mine = torch.tensor(flags, dtype=torch.float32).to(self.device, non_blocking=True)
-        values = torch.cat([torch.stack([*terms.values()]).float(), mine]) if terms else mine
-        values = self.ranks.sum(values).tolist()
-        count = len(terms)
-        reasons = [reason for reason, told in zip(REASONS, values[count:], strict=True) if told]
-        return dict(zip(terms, values[:count], strict=True)), reasons
+        self, terms: dict[str, Tensor], stop: StopSignals, late: bool, batch: Batch | Exception | None
+    ) -> tuple[dict[str, float], str | None, bool]:
+        """`spade_fast.train.exchange.exchange`, with what this process has to tell."""
+        picture = self.sheets is not None and bool(terms) and self.sheets.due(self.step + 1)
+        return exchange(self.ranks, terms, stop.received, late, isinstance(batch, Exception), picture)
+
+    def _count_step(self) -> None:
+        self.step += 1
+        self.batch += 1
+        if self.batch == self.steps_per_epoch:
+            self.epoch, self.batch = self.epoch + 1, 0
 
     # Saving and resuming
 
     def state(self) -> dict[str, Any]:
-        """The checkpoint: see `spade_fast.models.checkpoint`."""
-        nets = {name: {"options": net.options, "state_dict": net.state_dict()} for name, net in self._all_nets()}
+        """The checkpoint: see `spade_fast.models.checkpoint.training_checkpoint`."""
         training = {
             "config": dataclasses.asdict(self.config),
             "step": self.step,
@@ -254,14 +265,18 @@ class Trainer:
             **self.training.state(),
             "random": random_state(),
         }
-        return {"format": FORMAT, **nets, "training": training}
+        return training_checkpoint(self._saved_nets(), training)
 
     def save(self) -> None:
-        """Writes a checkpoint unless this step has one. Raises NonFiniteError rather than save broken weights."""
+        """Writes a checkpoint unless this step has one.
+
+        Raises:
+            NonFiniteError: a weight is not finite. Nothing is written.
+        """
         if self.step == self.saved_step:
             return
         self.recalibrate()
-        for name, net in self._all_nets():  # in every process: all are to stop
+        for name, net in self._saved_nets().items():  # in every process, so that all of them stop
             for key, value in net.state_dict().items():
                 if value.is_floating_point() and not torch.isfinite(value).all():
                     raise self._non_finite(f"the {name}'s {key} is not finite", self.step)
@@ -270,29 +285,13 @@ class Trainer:
         self.last_checkpoint = checkpoint_path(self.directory.path, self.step)
         self.saved_step = self.step
 
-    def _all_nets(self) -> list[tuple[str, torch.nn.Module]]:
-        ema = [("ema", self.training.ema.net)] if self.training.ema is not None else []
-        return [*self.nets.items(), *ema]
+    def _saved_nets(self) -> dict[str, nn.Module]:
+        ema = self.training.ema
+        return self.nets if ema is None else {**self.nets, "ema": ema.net}
 
     def recalibrate(self) -> None:
-        """Sets the statistics of the averaged generator, from label maps spread over the training set (in the crops of
-        the first epoch). Every process does a part of each batch."""
-        if self.training.ema is None or self._recalibrated == self.step:
-            return
-        c, size = self.config, self.config.batch_size
-        if self._recalibration_maps is None:
-            self._recalibration_maps = batches.recalibration_maps(c, self.ranks)
-        first, last = self.ranks.part(size)
-        noise = torch.Generator().manual_seed(c.seed)
-
-        def parts():
-            for labels in self._recalibration_maps:
-                z = None if c.z_dim is None else torch.randn(size, c.z_dim, generator=noise)[first:last].to(self.device)
-                yield labels[:].to(self.device), z  # a new one: patterns of hundreds of maps are not to be kept
-
-        with self.training.autocast():
-            self.training.ema.recalibrate(parts())
-        self._recalibrated = self.step
+        """Sets the statistics of the averaged generator. Every process calls it at the same step."""
+        self.recalibration(self.step)
 
     def _restore(self) -> None:
         loaded = self.directory.load_newest()
@@ -310,7 +309,7 @@ class Trainer:
                     f"--resume: {flag(name)} is {getattr(self.config, name)!r}, but {path} was trained with "
                     f"{before[name]!r}"
                 )
-        for name, net in self._all_nets():
+        for name, net in self._saved_nets().items():
             # A run that kept no average before starts one from its weights.
             net.load_state_dict(state[name if name in state else "generator"]["state_dict"])
         self.training.load_state(training)
@@ -329,45 +328,22 @@ class Trainer:
 
     # Pictures
 
-    def _fixed_samples(self) -> list[dict[str, Any]]:
-        """The samples that are drawn every so often: of the validation set, or of the training set without one."""
-        try:
-            dataset = open_dataset(self.config, "val")
-        except data.DataError:
-            dataset = open_dataset(self.config, "train", flip=False)
-        return [dataset[i] for i in range(min(self.config.num_samples, len(dataset)))]
-
-    @torch.no_grad()
-    def synthesize_fixed(self) -> Tensor:
-        """Images [N, 3, H, W] of the fixed samples, by the averaged generator (the trained one if there is none), with
-        the statistics and noise of evaluation. Draws no random number from the state that training uses."""
-        ema, noise = self.training.ema, torch.Generator().manual_seed(self.config.seed)
-        net = (self.generator if ema is None else ema.net).eval()
-        images = []
-        for sample in self.fixed:
-            labels = batch_labels(default_collate([sample]), self.dataset.num_classes, self.device)
-            z = None
-            if self.config.z_dim is not None:
-                z = torch.randn(1, self.config.z_dim, generator=noise).to(self.device)
-            images.append(net(labels, z).cpu())
-        self.generator.train()
-        return torch.cat(images)
-
     def _draw_samples(self, monitor: Monitor) -> None:
         with monitor.unless_full("pictures of samples"):
-            self.draw_samples()
+            path = self.draw_samples()
+            if path is not None:
+                monitor.picture(path, self.step)
 
     def draw_samples(self) -> Path | None:
-        """Writes samples/step_{step:08d}.png, label map, synthesized, real, and returns its path; rank 0 does."""
+        """Writes samples/step_{step:08d}.png. Every process calls it; one writes.
+
+        Returns:
+            The picture's path, or None in the processes that write nothing.
+        """
+        start = time.monotonic()
         self.recalibrate()
-        if not self.ranks.is_main:
+        if self.sheets is None:
             return None
-        rows, names = [], []
-        for sample, fake in zip(self.fixed, self.synthesize_fixed(), strict=True):
-            colors = pictures.colorize(sample["label"], self.dataset.palette)
-            rows.append([colors, pictures.to_uint8(fake), pictures.to_uint8(sample["image"])])
-            names.append(sample["path"])
-        sheet = pictures.sheet(rows, ("label map", "synthesized", "real"), names)
-        path = self.directory.samples / f"step_{self.step:08d}.png"
-        pictures.save_png(sheet, path)
+        path = self.sheets.draw(self.step)
+        self.sheets.pause(time.monotonic() - start)
         return path

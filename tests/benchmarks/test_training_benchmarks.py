@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks of training count and compute, which no timing can make wrong."""
+"""What the benchmarks of training count and compute; no test here times anything."""
 
 import argparse
 import statistics
@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from benchmarks import gpu, init, scaling, train_step
 from spade_fast.models import count_parameters
-from spade_fast.train.config import merge, resolve
+from spade_fast.train.config import merge, resolve_config
 from spade_fast.train.setup import build_networks
 
 
@@ -30,7 +30,7 @@ def test_largest_batch_is_found_to_an_eighth(limit, start):
 
 
 def test_goals_of_a_gpu():
-    """Measured by the fastest fused system; what was not measured is neither met nor missed."""
+    """The fastest fused system is judged. A goal that was not measured is neither met nor missed."""
     plain, compiled, fused = train_step.PLAIN, train_step.COMPILED, "fused AMP"
     result = {
         "fastest": fused,
@@ -46,7 +46,7 @@ def test_goals_of_a_gpu():
 
 
 def test_model_by_hand():
-    """16 GPUs on 2 machines: 100 MB of gradients at 10 GB/s take 2·15/16·10 ms, of which 10 ms hide behind backward."""
+    """16 GPUs on 2 machines: 100 MB of gradients at 10 GB/s take 2·15/16·10 ms. Backward hides 10 ms of them."""
     options = argparse.Namespace(node_gbs=100.0, network_gbs=10.0, node_us=20.0, network_us=10.0)
     one = {"step_ms": 20.0, "backward_share": 0.5}
     kinds = {
@@ -64,12 +64,12 @@ def test_model_by_hand():
 
 
 def test_collectives_and_bytes_of_a_step(tmp_path):
-    """Two processes: every gradient once; statistics of 14 inputs, twice forward (a new fake for the discriminator)."""
+    """Two processes exchange every gradient once, and statistics of 14 inputs in each of two forwards."""
     options = argparse.Namespace(device="cpu", ngf=4, crop=32, rounds=1)
     mp.spawn(scaling.worker, (2, str(tmp_path), options, 2), nprocs=2)
     counted = torch.load(Path(tmp_path) / "result-2-2")["collectives"]
     config = {"dataset": "coco", "dataroot": "-", "crop_size": 32, "ngf": 4, "ndf": 4}
-    nets = build_networks(resolve(merge({}, config)), scaling.LABEL_NC)
+    nets = build_networks(resolve_config(merge({}, config)), scaling.LABEL_NC)
     assert counted["gradients"]["bytes"] == 4 * sum(count_parameters(net) for net in nets.values())
     channels = []  # of each input of a norm
     for block, _ in nets["generator"].blocks():

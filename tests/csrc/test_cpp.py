@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only the C++ backend promises; that its numbers are right is in the tests of each op."""
+"""What only the C++ backend promises. The tests of each op check its numbers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads, layout, dtype):
 
 
 def test_true_hash_collisions():
-    """360 000 distinct patches: about 15 pairs share a 32-bit hash (n²/2³³), whatever the hash."""
+    """Of 360 000 distinct patches, about 15 pairs share a 32-bit hash (n²/2³³), whatever the hash."""
     codes = maps.noise(1, 600, 600, 1000).to(torch.int32)
     for actual, expected in zip(native.patterns(codes, 3), patterns_torch(codes, 3), strict=True):
         assert torch.equal(actual, expected)
@@ -86,14 +86,14 @@ def test_true_hash_collisions():
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_segments_sorts_every_number(dtype):
-    """Numbers below 0 and beyond num too, and a map large enough for several parts."""
+    """The numbers include some below 0 and beyond num, and the map is large enough for several parts."""
     ids = torch.randint(-4, 15, (3, 300, 301), generator=torch.Generator().manual_seed(0)).to(dtype)
     for actual, expected in zip(native.segments(ids, 11), segments_torch(ids, 11), strict=True):
         assert torch.equal(actual, expected)
 
 
 def test_one_pattern_owns_most_pixels():
-    """A segment of many thousand pixels is summed in pieces: fp32 stays near float64."""
+    """A segment of many thousand pixels is summed in pieces, so fp32 stays near float64."""
     codes = torch.zeros(1, 300, 300, dtype=torch.int32)
     codes[:, 250:, 250:] = maps.noise(1, 50, 50, 9).to(torch.int32)
     ids, taps, _ = native.patterns(codes, 3)
@@ -154,7 +154,7 @@ def test_dtypes_may_differ():
         (dict(order=torch.full((24,), 24, dtype=torch.int32)), r"are not segments\(ids, 3\)"),
         (dict(offsets=torch.tensor([0, 25, 3, 24])), r"are not segments\(ids, 3\)"),
         (dict(order=torch.zeros(5, dtype=torch.int32)), r"must be segments\(ids, 3\), got \[5\] and \[4\]"),
-        (dict(params=[torch.zeros(3, 14), torch.zeros(2, 14)], slopes=[1.0, 1.0]), "as many rows, got 3 and 2"),
+        (dict(params=[torch.zeros(3, 14), torch.zeros(2, 14)], slopes=[1.0, 1.0]), "equally many rows, got 3 and 2"),
     ],
 )
 def test_nothing_is_read_out_of_bounds(change, message):
@@ -199,7 +199,7 @@ def test_no_parameters_are_read_out_of_bounds(change, message):
 
 
 def test_many_terms_of_one_label_stay_near_float64():
-    """A row of the table that most of several images add to; noise, so that no sequence of equal labels is long."""
+    """Most pixels of several images add to one row of the table. In noise, no run of equal labels is long."""
     codes = maps.noise(3, 300, 200, 2).to(torch.int32)
     for pooled in (False, True):
         options = (codes, 2, False, 3, 1, 1, pooled)
@@ -271,7 +271,7 @@ def test_label_conv_backward_names_what_is_wrong(change, message):
 
 
 def test_other_python_threads_run_meanwhile():
-    """An op holds no interpreter lock: another thread goes on in the middle of a call."""
+    """An op releases the interpreter's lock, so another thread runs in the middle of a call."""
     codes, seen, stop = maps.noise(1, 1500, 1500, 1000).to(torch.int32), [], threading.Event()
 
     def watch():

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels' numbers, on a CPU (see cuda_on_cpu.h), against definitions written out in float64: partial blocks,
-tails, odd channels, unaligned pointers, every dtype. Each call runs again with threads and blocks in reverse order and
-must give the same bits."""
+"""The CUDA kernels' numbers, on a CPU (see cuda_on_cpu.h), against definitions written out in float64.
+
+The cases have partial blocks, tails, odd widths and unaligned pointers. Threads and blocks run forwards and in reverse,
+and must give the same bits.
+"""
 
 import os
 import subprocess
@@ -30,7 +32,7 @@ def kernels():
 
 @pytest.fixture(scope="module")
 def weak_hash():
-    """patterns.cu with a hash of one bit: nearly every patch collides."""
+    """patterns.cu with a hash of one bit, so that nearly all patches collide."""
     return BothOrders(Kernels(cuda_harness.compile_library(("-DSPADE_FAST_WEAK_HASH",), only="patterns")))
 
 
@@ -49,7 +51,7 @@ def test_patterns_are_the_definition(request, build, name, k):
 
 
 def test_patterns_of_many_pixels(kernels):
-    """More than 1024 parts of 1024 pixels: parts grow."""
+    """More than 1024 parts of 1024 pixels, so that parts grow."""
     codes = maps.cells(3, 600, 603, 7).int()
     actual = kernels.kernels.patterns(codes, 3)
     assert all(torch.equal(a, e) for a, e in zip(actual[:3], patterns_torch(codes, 3), strict=True))
@@ -60,7 +62,7 @@ def test_patterns_of_fixed_capacity(kernels, spare):
     codes = maps.cells(2, 19, 23, 5).int()
     expected_ids, expected_taps, expected_counts = patterns_torch(codes, 3)
     capacity = len(expected_taps) + spare
-    ids, taps, counts, overflow = kernels.patterns(codes, 3, capacity)  # checks that no row more is written
+    ids, taps, counts, overflow = kernels.patterns(codes, 3, capacity)  # it checks that no further row is written
     assert overflow.item() == (spare < 0)
     assert torch.equal(taps[: len(expected_taps)], expected_taps[:capacity])
     assert (taps[len(expected_taps) :] == -1).all()
@@ -172,6 +174,7 @@ def test_address_sanitizer():
         pytest.skip("no address sanitizer")
     library = cuda_harness.compile_library(flags=SANITIZE)
     environment = dict(os.environ, LD_PRELOAD=runtime, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
         [sys.executable, __file__, str(library)],
         capture_output=True, text=True, env=environment, check=False, cwd=Path(__file__).parent,

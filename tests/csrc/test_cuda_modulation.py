@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of modulation, on a CPU (see cuda_on_cpu.h), against the formula in float64 and autograd: partial
-blocks, tails, odd channels, unaligned pointers, every dtype; forwards and in reverse order with equal bits."""
+"""The CUDA kernels of modulation, on a CPU (see cuda_on_cpu.h), against the formula in float64 and autograd.
+
+The cases have partial blocks, tails, odd channels, unaligned pointers and every dtype. Threads and blocks run forwards
+and in reverse, and must give the same bits.
+"""
 
 import ctypes
 
@@ -43,7 +46,7 @@ class Modulation:
         shapes = (n, 2 * c, *size)
         if not dense:
             self.ids = self._ids(n, *size) if ids is None else ids
-            count = int(self.ids.max()) + 3  # of which the last two do not occur
+            count = int(self.ids.max()) + 3  # the last two do not occur
             self.order, self.offsets = _segments(self.ids, count)
             shapes = (count, 2 * c)
         params = [random(*shapes, dtype=params_dtype, seed=m + 1) for m in range(outputs)]
@@ -89,23 +92,23 @@ class Modulation:
         ):
             close(actual, expected, size=1 + float(expected.abs().max()))
 
-    def check_backward(self, kernels, stats, skip_douts=None, skip_dparams=None):
+    def check_backward(self, kernels, stats_from_x, skip_douts=None, skip_dparams=None):
         x = self.x.double().requires_grad_()
         params = [p.double().requires_grad_() for p in self.params]
         douts = []
         for i, z in enumerate(self.z(x, params)):
             dout = random(*z.shape, dtype=self.x.dtype, seed=10 + i)
-            dout[z.abs() < 1e-3] = 0  # where rounding decides on which side of LeakyReLU z is
+            dout[z.abs() < 1e-3] = 0  # rounding decides on which side of LeakyReLU z is
             skip = self.skip if skip_douts is None else skip_douts
             douts.append(misalign(lay_out(dout, True), skip))
-        loss = sum((o * d.double()).sum() for o, d in zip(self.outs(x, params, not stats), douts, strict=True))
+        loss = sum((o * d.double()).sum() for o, d in zip(self.outs(x, params, not stats_from_x), douts, strict=True))
         expected = torch.autograd.grad(loss, [x, *params])
         actual = kernels.modulation_backward(
             self.args,
             douts,
             self.order,
             self.offsets,
-            stats,
+            stats_from_x,
             self.x,
             self.params,
             self.skip,
@@ -178,8 +181,8 @@ def test_modulation_backward(kernels, shape, dense, upsample):
         shape = (1, 1, 1, 2)  # statistics of one element leave no gradient to compare
     for norm, outputs in (("batch", 2), ("instance", 1), ("none", 2)):
         case = Modulation(shape, norm, upsample, outputs, dense)
-        for stats in (False, True):
-            case.check_backward(kernels, stats)
+        for stats_from_x in (False, True):
+            case.check_backward(kernels, stats_from_x)
 
 
 @pytest.mark.parametrize("dtypes", PAIRS)
@@ -188,7 +191,9 @@ def test_modulation_backward(kernels, shape, dense, upsample):
 @pytest.mark.parametrize("skip", [0, 1])
 def test_modulation_backward_of_every_dtype(kernels, dtypes, dense, upsample, skip):
     for norm in ("batch", "instance"):
-        Modulation((2, 24, 6, 5), norm, upsample, 2, dense, dtypes, skip=skip).check_backward(kernels, stats=True)
+        Modulation((2, 24, 6, 5), norm, upsample, 2, dense, dtypes, skip=skip).check_backward(
+            kernels, stats_from_x=True
+        )
 
 
 @pytest.mark.parametrize("channels", [4, 3])
@@ -198,7 +203,7 @@ def test_one_pattern_owns_most_pixels(kernels, channels, share):
     h, w = 180, 200
     ids = torch.randint(2000, (1, h, w), generator=generator(), dtype=torch.int32)
     ids[torch.rand(ids.shape, generator=generator(1)) < share] = 17
-    Modulation((1, channels, h, w), "batch", 1, 2, ids=ids).check_backward(kernels, stats=True)
+    Modulation((1, channels, h, w), "batch", 1, 2, ids=ids).check_backward(kernels, stats_from_x=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 0, 3, 3), (2, 4, 0, 3)])

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from benchmarks import cuda_resources
-from spade_fast.native.build import csrc, find_nvcc
+from spade_fast.native.toolchain import csrc, find_nvcc
 
 ARCHS = list(cuda_resources.TARGETS)
 
@@ -22,14 +22,14 @@ def rows():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_spills(rows, arch):
     here = [row for row in rows if row["arch"] == arch]
-    sources = "".join(path.read_text() for path in csrc().glob("*.cu*"))
+    sources = "".join(path.read_text() for path in (csrc() / "cuda").glob("*.cu*"))
     assert {row["kernel"] for row in here} == set(re.findall(r"\b(\w+_kernel)\([^;{}]*\) \{", sources))
     assert not cuda_resources.faults(here)
 
 
 @pytest.mark.timeout(900)
 def test_enough_warps_to_hide_latency(rows):
-    """16 warps with two 16-byte loads each under way are 16 KiB a multiprocessor, half of what bandwidth needs."""
+    """16 warps with two 16-byte loads in flight are 16 KiB of a multiprocessor, half of what the bandwidth needs."""
     assert all(row["occupancy"] * cuda_resources.LIMITS[row["arch"]][0] >= 16 for row in rows)
 
 
@@ -39,6 +39,17 @@ def test_occupancy():
     assert cuda_resources.occupancy(90, 128, 0) == 2 / 8
     assert cuda_resources.occupancy(120, 32, 0) == 1.0  # 48 warps
     assert cuda_resources.occupancy(120, 32, 32768) == 3 * 8 / 48
+
+
+def test_kernels_are_found_in_mangled_names():
+    """The compiler's own part of a name may hold digits and letters that look like a length and a name."""
+    file = "46_GLOBAL__N__56b2e74b_13_modulation_cu_8ba0f6e1"
+    assert cuda_resources.kernel_of(f"_ZN10spade_fast{file}22modulation_rows_kernelI6__halfLi8EEEvPT_") == (
+        "modulation_rows_kernel"
+    )
+    assert cuda_resources.kernel_of("_ZN3cub11EmptyKernelIvEEvv") is None
+    assert cuda_resources.kernel_of("_ZN3cub17DeviceScan_kernelIvEEvv") is None
+    assert cuda_resources.kernel_of("_ZN10spade_fast4dropEv") is None
 
 
 def test_faults_are_told():

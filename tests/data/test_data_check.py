@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spade_fast.data import check
+from spade_fast.data.__main__ import main
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def arguments(root):
 
 
 def test_every_fault_is_listed(bad, capsys):
-    assert check.main(arguments(bad)) == 1
+    assert main(arguments(bad)) == 1
     out = capsys.readouterr().out
     faults = [line for line in out.splitlines() if line.startswith("fault: ")]
     expected = [
@@ -63,24 +63,24 @@ def test_histogram(bad, capsys):
     for name in ("value", "cut", "rgb", "nolabel", "noimage"):
         for folder in ("img", "label"):
             (bad / folder / f"{name}.png").unlink(missing_ok=True)
-    assert check.main(arguments(bad)) == 0
+    assert main(arguments(bad)) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["0", "75.000%", "1"] in rows and ["2", "25.000%", "1"] in rows
     assert "2 of 4 classes do not occur".split() in rows and ["0", "faults"] in rows
 
 
 def test_missing_folder_is_a_fault(tmp_path, capsys):
-    assert check.main(["--dataset", "coco", "--dataroot", str(tmp_path), "--phase", "val"]) == 1
+    assert main(["--dataset", "coco", "--dataroot", str(tmp_path), "--phase", "val"]) == 1
     assert f"fault: {tmp_path}/val_label: no such folder" in capsys.readouterr().out
 
 
 def test_takes_the_options_of_training(tmp_path, capsys):
     config = tmp_path / "config.json"
     config.write_text('{"dataset": "synthetic", "synthetic_size": 3, "batch_size": 2}')
-    assert check.main(["--config", str(config), "--lambda-vgg", "0", "--crop-size", "32", "--phase", "train"]) == 0
+    assert main(["--config", str(config), "--lambda-vgg", "0", "--crop-size", "32", "--phase", "train"]) == 0
     assert "3 samples, 12 classes" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
-        check.main(["--data-root", "x"])
+        main(["--data-root", "x"])
     assert stop.value.code == 2
 
 

@@ -266,6 +266,13 @@ def test_defaults_make_a_geometry(name):
     }.get(name, 151)
 
 
+def test_an_unknown_option_is_named():
+    with pytest.raises(TypeError, match="make_dataset has no option 'labeldir'; did you mean label_dir"):
+        make_dataset("folder", labeldir="x")
+    with pytest.raises(TypeError, match="make_dataset has no option 'dataset'"):
+        make_dataset("folder", dataset="coco")
+
+
 def test_palettes_are_distinct(folder, ade):
     from spade_fast.data import cityscapes, coco
     from spade_fast.data.palettes import distinct_colors

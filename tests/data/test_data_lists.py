@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spade_fast.data import IGNORE, DataError, check, make_dataset
+from spade_fast.data import IGNORE, DataError, make_dataset
+from spade_fast.data.__main__ import main as check
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_check_counts_an_absent_name_once(make, capsys):
     make("a")
     with open("list.txt", "w") as file:
         file.write("a\nnowhere\n")
-    assert check.main([*ARGUMENTS, "--file-list", "list.txt"]) == 1
+    assert check([*ARGUMENTS, "--file-list", "list.txt"]) == 1
     out = capsys.readouterr().out
     assert "fault: list.txt, line 2: there is no sample named 'nowhere'" in out and out.endswith("1 fault\n")
 
@@ -115,9 +116,14 @@ def test_a_list_may_be_of_both_phases(tmp_path):
         ("ab", "ab", ".jpg", r"lab/a.jpg is a JPEG, whose compression changes values: save label maps as PNG"),
         ("ab", "ab", ".webp", r"lab/a.webp is a WebP"),
         ("ab", "ab", ".ppm", r"lab/a.ppm has another ending \(.ppm\) than label maps have \(.bmp"),
-        ("ab", ("a_seg", "b_seg"), ".png", "label maps have '_seg' at the end of their names, images have not"),
+        ("ab", ("a_seg", "b_seg"), ".png", "label maps have '_seg' at the end of their names, images do not"),
         ("a", ("a_seg",), ".png", "label maps have '_seg' at the end of their names"),
-        (("a_img", "b_img"), ("a_ids", "b_ids"), ".png", "label maps have 'ds' at the end of their names, images 'mg'"),
+        (
+            ("a_img", "b_img"),
+            ("a_ids", "b_ids"),
+            ".png",
+            "have 'ds' at the end of their names, images have 'mg'",
+        ),
         (("img_1", "img_2"), ("seg_1", "seg_2"), ".png", "label maps have 'se' at the start of their names"),
         (("A1", "B1"), ("a1", "b1"), ".png", "differ in upper and lower case"),
     ],
@@ -172,12 +178,12 @@ def test_palettes_that_differ_are_a_warning(make, capsys):
     make("a", "b")
     _palette("lab/a.png", [0, 0, 0, 128, 0, 0], 0)
     _palette("lab/b.png", [128, 0, 0, 0, 0, 0], 0)
-    assert check.main(ARGUMENTS) == 0
+    assert check(ARGUMENTS) == 0
     out = capsys.readouterr().out
     assert "warning: palettes differ: label 0 has color (128, 0, 0) in the palette of lab/b.png, (0, 0, 0) in" in out
     assert "0 faults, 1 warning\n" in out
     _palette("lab/b.png", [0, 0, 0, 9, 9, 9], 0)  # differs in a color that no pixel has
-    check.main(ARGUMENTS)
+    check(ARGUMENTS)
     assert "warning" not in capsys.readouterr().out
 
 

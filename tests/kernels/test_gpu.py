@@ -6,7 +6,7 @@ import torch
 
 from spade_fast import FusedSPADE, LabelMap, ops
 from spade_fast.models import MultiscaleDiscriminator, SPADEGenerator
-from spade_fast.native.build import find_nvcc
+from spade_fast.native.toolchain import find_nvcc
 from spade_fast.ops import _backend as backends
 from spade_fast.ops.segments import segments
 from spade_fast.ops.statistics import statistics

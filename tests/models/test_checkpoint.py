@@ -272,3 +272,77 @@ def test_a_checkpoint_saved_after_spectral_norm_was_removed(tmp_path, stale):
     with torch.no_grad():
         assert torch.equal(loaded(segmap, z), net(segmap, z))
         assert torch.equal(load_encoder(tmp_path / "stripped.pt")(image)[0], encoder(image)[0])
+
+
+# Presets of the released weights
+
+
+@pytest.mark.parametrize(
+    ("preset", "label_nc", "layers", "size"),
+    [
+        ("coco", 184, "normal", (256, 256)),
+        ("coco", 183, "normal", (256, 256)),
+        ("ade20k", 151, "normal", (256, 256)),
+        ("cityscapes", 36, "more", (256, 512)),
+    ],
+)
+def test_a_preset_is_the_released_network(tmp_path, preset, label_nc, layers, size):
+    """Sizes and upsampling as the paper and the authors' test options have them."""
+    net = small(label_nc=label_nc, num_upsampling_layers=layers, crop_size=size[1], aspect_ratio=size[1] / size[0])
+    torch.save(net.state_dict(), tmp_path / "latest_net_G.pth")
+    loaded = load_generator(tmp_path / "latest_net_G.pth", preset=preset)
+    assert loaded.options == net.options and loaded.output_size == size
+    assert torch.equal(loaded.up_3.norm_0.mlp_gamma.weight, net.up_3.norm_0.mlp_gamma.weight)
+    assert load_generator(tmp_path / "latest_net_G.pth", preset=preset, crop_size=size[1]).options == net.options
+    with pytest.raises(CheckpointError, match=rf"do not tell .*the authors' weights, preset='{preset}' "):
+        load_generator(tmp_path / "latest_net_G.pth")
+    save_ours(net, tmp_path / "ours.pt")
+    assert load_generator(tmp_path / "ours.pt", preset=preset).options == net.options
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize(
+    ("options", "preset", "given", "message"),
+    [
+        ({"label_nc": 151}, "coco", {}, "preset 'coco': it is for label_nc 183 or 184, the file has 151"),
+        ({"label_nc": 183, "kernel_size": 1}, "coco", {}, "is for kernel_size 3, the file has 1"),
+        (
+            {"label_nc": 151, "num_upsampling_layers": "most", "ngf": 4},
+            "ade20k",
+            {},
+            "'ade20k': it is for num_upsampling_layers 'normal', the file has 'most'",
+        ),
+        (
+            {"label_nc": 184},
+            "coco",
+            {"num_upsampling_layers": "more"},
+            "both preset 'coco', .* for num_upsampling_layers 'normal', and num_upsampling_layers 'more'",
+        ),
+    ],
+)
+def test_a_preset_that_contradicts_is_refused(tmp_path, ours, options, preset, given, message):
+    net = small(crop_size=256, **options)
+    if ours:
+        save_ours(net, tmp_path / "g.pth")
+    else:
+        torch.save(net.state_dict(), tmp_path / "g.pth")
+    with pytest.raises(CheckpointError, match=rf"g\.pth .*{message}"):
+        load_generator(tmp_path / "g.pth", preset=preset, **given)
+
+
+def test_a_preset_without_batch_norm_does_not_fit(tmp_path):
+    torch.save(small(label_nc=151, norm="instance").state_dict(), tmp_path / "g.pth")
+    with pytest.raises(CheckpointError, match=r"does not fit a SPADEGenerator\(.*running_mean"):
+        load_generator(tmp_path / "g.pth", preset="ade20k")
+
+
+def test_unknown_presets_are_named():
+    with pytest.raises(ValueError, match="preset must be one of coco, ade20k, cityscapes, got 'flickr'"):
+        load_generator("nowhere.pth", preset="flickr")
+
+
+def test_the_options_of_a_run_are_read(tmp_path):
+    save_ours(small(), tmp_path / "run.pt", training={"config": {"dataset": "coco", "use_edges": False}})
+    assert checkpoint.training_config(tmp_path / "run.pt") == {"dataset": "coco", "use_edges": False}
+    torch.save(small().state_dict(), tmp_path / "bare.pth")
+    assert checkpoint.training_config(tmp_path / "bare.pth") == {}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels on CPU tensors: csrc/*.cu compiled by g++ under cuda_on_cpu.h, their launchers called by ctypes.
+"""The CUDA kernels on CPU tensors: g++ compiles csrc/cuda/*.cu under cuda_on_cpu.h, and ctypes calls the launchers.
 
-Outputs and workspace are full of NaN before, so that an element which is not written shows.
+Outputs and workspace are full of NaN before a call. An element that is not written is still NaN afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spade_fast.native.build import csrc, cuda_home, find_nvcc
+from spade_fast.native.toolchain import csrc, cuda_home, find_nvcc
 from spade_fast.ops import _backend as backends
 
 TESTS = Path(__file__).resolve().parent
@@ -35,7 +35,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def why_not() -> str | None:
-    """None when the kernels can be compiled here, otherwise the reason they can not."""
+    """Why the kernels can not be compiled here, or None if they can."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return "cuda_on_cpu.h is for x86-64"
     if shutil.which("g++") is None:
@@ -46,29 +46,31 @@ def why_not() -> str | None:
 
 
 def compile_library(defines: tuple[str, ...] = (), flags: tuple[str, ...] = ("-O1",), only: str = "*") -> Path:
-    """The shared library of csrc/<only>.cu, compiled unless a cached one of the same sources and options exists."""
+    """The shared library of csrc/cuda/<only>.cu, compiled unless one of the same sources and options is cached."""
     options = ["-std=c++17", *defines, *flags, "-x", "c++"]
-    return _compile(sorted(csrc().glob(f"{only}.cu")), options, flags, "kernels.so")
+    return _compile(sorted((csrc() / "cuda").glob(f"{only}.cu")), options, flags, "kernels.so")
 
 
 def compile_bindings() -> Path:
-    """csrc/cuda_bindings.cpp for CPU tensors, linked to the library of all kernels."""
+    """csrc/cuda/bindings.cpp for CPU tensors, linked to the library of all kernels."""
     torch_directory, kernels = Path(torch.__file__).resolve().parent, compile_library()
     options = [
         "-std=c++20", "-O0", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         f"-isystem{torch_directory / 'include'}", f"-DSPADE_FAST_TORCH={torch.__version__}",
     ]  # fmt: skip
     link = [str(kernels), f"-Wl,-rpath,{kernels.parent}", f"-L{torch_directory / 'lib'}", "-lc10", "-ltorch_cpu"]
-    return _compile([csrc() / "cuda_bindings.cpp"], options, link, "bindings.so")
+    return _compile([csrc() / "cuda" / "bindings.cpp"], options, link, "bindings.so")
 
 
 def _compile(sources: list[Path], options: list[str], link: list[str] | tuple[str, ...], name: str) -> Path:
     if reason := why_not():
         pytest.skip(reason)
     options = [*options, "-fPIC", "-DSPADE_FAST_ON_CPU", "-w", f"-I{TESTS}", f"-I{csrc()}"]
-    options.append(f"-isystem{cuda_home(find_nvcc()) / 'include'}")
+    nvcc = find_nvcc()
+    assert nvcc is not None  # why_not has checked it
+    options.append(f"-isystem{cuda_home(nvcc) / 'include'}")
     digest = hashlib.sha256(repr((options, link)).encode())
-    for file in (*sources, *sorted(csrc().glob("*.*h")), TESTS / "cuda_on_cpu.h"):
+    for file in (*sources, *sorted((csrc() / "cuda").glob("*.*h")), TESTS / "cuda_on_cpu.h"):
         digest.update(file.name.encode() + file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"spade_fast_cuda_on_cpu_{os.getuid()}" / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,7 @@ _library: list[torch.library.Library] = []
 
 @contextlib.contextmanager
 def as_backend() -> Iterator[None]:
-    """Inside, the backend `cuda` takes CPU tensors: its bindings, converting and allocating, and the kernels below."""
+    """Inside, the backend `cuda` takes CPU tensors: its bindings, which convert and allocate, and its kernels."""
     if not _library:
         _library.append(torch.library.Library("spade_fast_cuda_on_cpu", "DEF"))
         for op in NATIVE_OPS:
@@ -124,7 +126,7 @@ def as_backend() -> Iterator[None]:
 
 
 class ModulationArgs(ctypes.Structure):
-    """spade_fast_modulation_args of csrc/launchers.h."""
+    """spade_fast_modulation_args of csrc/cuda/launchers.h."""
 
     _flags = ("dtype", "params_dtype", "channels_last", "upsample", "outputs", "dense")
     _fields_ = (
@@ -132,17 +134,17 @@ class ModulationArgs(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _flags),
         ("groups", ctypes.c_int64),
         ("patterns", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("x", "mean", "rstd", "ids")),
+        *((name, ctypes.c_void_p) for name in ("x", "mean", "rstd", "pattern_ids")),
         ("params", ctypes.c_void_p * 2),
         ("slopes", ctypes.c_float * 2),
     )
 
-    def __init__(self, x, mean, rstd, params, ids, slopes, upsample, channels_last) -> None:
-        flags = (int(channels_last), upsample, len(params), int(ids is None))
+    def __init__(self, x, mean, rstd, params, pattern_ids, slopes, upsample, channels_last) -> None:
+        flags = (int(channels_last), upsample, len(params), int(pattern_ids is None))
         super().__init__(*x.shape, DTYPES[x.dtype], DTYPES[params[0].dtype], *flags)
         self.groups = 1 if mean is None else mean.shape[0]
         self.patterns = params[0].shape[0]
-        for name, t in (("x", x), ("mean", mean), ("rstd", rstd), ("ids", ids)):
+        for name, t in (("x", x), ("mean", mean), ("rstd", rstd), ("pattern_ids", pattern_ids)):
             setattr(self, name, None if t is None else t.data_ptr())
         self.params = pointers(params)
         self.slopes = (ctypes.c_float * 2)(*slopes)
@@ -153,7 +155,7 @@ def pointers(tensors: list[Tensor]) -> ctypes.Array:
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32, skip: int = 0, channels_last: bool = False) -> Tensor:
-    """A tensor of NaN (integers: -7), `skip` elements into its memory: an output nobody may leave unwritten."""
+    """A tensor full of NaN, or of -7 for integers. Its memory starts `skip` elements into an allocation."""
     count = torch.Size(shape).numel()
     memory = torch.full((count + skip,), float("nan") if dtype.is_floating_point else -7, dtype=dtype)[skip:]
     if channels_last:
@@ -169,7 +171,7 @@ def misalign(t: Tensor, skip: int) -> Tensor:
 
 
 class Kernels:
-    """The launchers of a library on tensors, each with outputs full of NaN."""
+    """The launchers of a library on tensors. Each writes to outputs full of NaN."""
 
     poison = 0xFF  # bytes of a new workspace: NaN, -1
 
@@ -180,12 +182,12 @@ class Kernels:
                 getattr(self.library, f"spade_fast_{name}_workspace").restype = ctypes.c_size_t
 
     def run_reversed(self, on: bool) -> None:
-        """Threads and blocks in reverse order, on other workspace: no result may depend on either."""
+        """From now on threads and blocks run in reverse order, on a workspace of other values. No result may change."""
         self.library.spade_fast_run_reversed(int(on))
         self.poison = 0x7F if on else 0xFF  # 3e38, 2139062143
 
     def call(self, name: str, *arguments: object) -> None:
-        """One launcher on the null stream; RuntimeError when its status is not success."""
+        """Runs one launcher on the null stream. RuntimeError if its status is not success."""
         status = getattr(self.library, f"spade_fast_{name}")(*map(_value, arguments), ctypes.c_void_p(0))
         if status:
             raise RuntimeError(f"spade_fast_{name}: CUDA error {status}")
@@ -196,24 +198,24 @@ class Kernels:
         return torch.full((size,), self.poison, dtype=torch.uint8)
 
     def patterns(self, codes: Tensor, k: int, capacity: int | None = None) -> tuple[Tensor, ...]:
-        """(ids, taps, counts, overflow); capacity None: as many rows as there are patterns."""
+        """(pattern_ids, taps, counts, overflow). capacity None: as many rows as there are patterns."""
         shape, kernel_size = codes.shape, ctypes.c_int(k)
         total, overflow = poisoned(1, dtype=torch.int32), poisoned(1, dtype=torch.int32)
         memory = self.workspace("patterns", *shape)
         self.call("patterns_find", codes, *shape, kernel_size, total, memory)
         capacity = int(total) if capacity is None else capacity
-        ids, counts = poisoned(*shape, dtype=torch.int32), poisoned(shape[0], dtype=torch.int64)
+        pattern_ids, counts = poisoned(*shape, dtype=torch.int32), poisoned(shape[0], dtype=torch.int64)
         taps = poisoned(capacity + 1, k * k, dtype=torch.int32)  # one row more than the kernel may write
         self.call(
-            "patterns_write", codes, *shape, kernel_size, capacity, total, ids, taps, counts, overflow, memory
+            "patterns_write", codes, *shape, kernel_size, capacity, total, pattern_ids, taps, counts, overflow, memory
         )  # fmt: skip
         assert (taps[-1] == -7).all()
-        return ids, taps[:-1], counts, overflow
+        return pattern_ids, taps[:-1], counts, overflow
 
-    def segments(self, ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
-        order, offsets = poisoned(ids.numel(), dtype=torch.int32), poisoned(num + 1, dtype=torch.int32)
-        memory = self.workspace("segments", ids.numel(), num)
-        self.call("segments", ids, ids.numel(), num, order, offsets, memory)
+    def segments(self, segment_ids: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        order, offsets = poisoned(segment_ids.numel(), dtype=torch.int32), poisoned(num + 1, dtype=torch.int32)
+        memory = self.workspace("segments", segment_ids.numel(), num)
+        self.call("segments", segment_ids, segment_ids.numel(), num, order, offsets, memory)
         return order, offsets
 
     def statistics(self, x: Tensor, channels_last: bool, per_sample: bool) -> tuple[Tensor, Tensor]:
@@ -231,15 +233,15 @@ class Kernels:
         return outs
 
     def modulation_backward(
-        self, args: ModulationArgs, douts: list[Tensor], order: Tensor | None, offsets: Tensor | None, stats: bool,
-        like: Tensor, params: list[Tensor], skip_dx: int = 0, skip_dparams: int = 0,
+        self, args: ModulationArgs, douts: list[Tensor], order: Tensor | None, offsets: Tensor | None,
+        stats_from_x: bool, like: Tensor, params: list[Tensor], skip_dx: int = 0, skip_dparams: int = 0,
     ) -> list[Tensor]:  # fmt: skip
         dx = poisoned(*like.shape, dtype=like.dtype, skip=skip_dx, channels_last=True)
         dparams = [poisoned(*p.shape, dtype=p.dtype, skip=skip_dparams, channels_last=p.dim() == 4) for p in params]
         memory = self.workspace("modulation_backward", ctypes.byref(args))
         self.call(
-            "modulation_backward", ctypes.byref(args), pointers(douts), order, offsets, stats, dx, pointers(dparams),
-            memory,
+            "modulation_backward", ctypes.byref(args), pointers(douts), order, offsets, stats_from_x, dx,
+            pointers(dparams), memory,
         )  # fmt: skip
         return [dx, *dparams]
 
@@ -264,7 +266,7 @@ class Kernels:
 
 
 class BothOrders:
-    """The launchers of Kernels, each called twice: forwards and in reverse."""
+    """The launchers of Kernels. Each is called twice, forwards and in reverse."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -308,10 +310,12 @@ def lay_out(t, channels_last):
 
 
 def close(actual, expected, size, terms=1):
-    """Within one rounding to the result's dtype and the roundings of a float32 sum of `terms` numbers, of `size` in
-    all: the first is of the result, the others grow with the square root of their number."""
+    """Asserts that `actual` is within the rounding of its type and the roundings of a float32 sum.
+
+    The sum has `terms` numbers, whose absolute values add up to `size`. Its error grows with the root of `terms`.
+    """
     bound = torch.finfo(actual.dtype).eps / 2 * expected.abs() if actual.dtype != torch.float32 else 0.0
-    # below the smallest normal number of float16 its spacing no longer shrinks
+    # the spacing of float16 does not shrink below its smallest normal number
     bound = bound + torch.finfo(actual.dtype).tiny * torch.finfo(actual.dtype).eps
     bound = bound + 8 * ROUNDING * (1 + terms**0.5) * size
     wrong = (actual.double() - expected).abs() > bound

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the CUDA kernels of csrc/ on a CPU: g++ -x c++ -DSPADE_FAST_ON_CPU -Itests -Icsrc -I<cuda>/include.
+// Runs the CUDA kernels of csrc/cuda on a CPU: g++ -x c++ -DSPADE_FAST_ON_CPU -Itests/support -Icsrc -I<cuda>/include.
 //
-// A CUDA thread is a fiber: a stack of its own, switched away from at __syncthreads(). The blocks of a grid run one
-// after another, so __shared__ is static memory. What it finds: wrong numbers and indices (with the address sanitizer:
-// accesses out of bounds), a barrier that some threads miss, shared memory read before it is written (threads and
-// blocks can run in reverse order, which must not change a result). What it can not: races between blocks. x86-64 only.
+// A CUDA thread is a fiber with a stack of its own. __syncthreads() switches to the next fiber. The blocks of a grid run
+// one after another, so __shared__ is static memory. It finds wrong numbers, wrong indices, and a barrier that some
+// threads miss. With the address sanitizer it finds accesses out of bounds. Threads and blocks can run in reverse order;
+// a changed result shows shared memory that is read before it is written. It does not find races between blocks. x86-64
+// only.
 #pragma once
 
 #ifndef __x86_64__
@@ -61,7 +62,7 @@ inline dim3 grid_size, block_size;
 inline uint3 block_index{};
 inline bool reversed = false;
 
-// Saves the callee-saved registers on this stack, its pointer in *from, and goes on on the stack `to`.
+// Saves the callee-saved registers on this stack and the stack's pointer in *from. Continues on the stack `to`.
 extern "C" void spade_fast_switch_stack(void** from, void* to);
 __asm__(
     ".text\n"
@@ -93,8 +94,8 @@ inline void prepare(Fiber& fiber, unsigned thread) {
   *--at = reinterpret_cast<void*>(&fiber_main);
   for (int i = 0; i < 6; ++i) *--at = nullptr;  // the registers popped on entry
   fiber.stack_pointer = at;
-  fiber.thread = make_uint3(thread % block_size.x, thread / block_size.x % block_size.y,
-                            thread / (block_size.x * block_size.y));
+  fiber.thread =
+      make_uint3(thread % block_size.x, thread / block_size.x % block_size.y, thread / (block_size.x * block_size.y));
   fiber.state = State::kRunning;
 }
 

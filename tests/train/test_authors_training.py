@@ -148,7 +148,7 @@ def config(options: dict, batch_size: int) -> cfg.TrainConfig:
     )
     if options["no_TTUR"]:
         given.update(beta1=options["beta1"], beta2=options["beta2"])
-    return cfg.resolve(cfg.merge({}, given))
+    return cfg.resolve_config(cfg.merge({}, given))
 
 
 TERMS = {"KLD": "kl", "GAN": "gan", "GAN_Feat": "feat", "VGG": "vgg", "D_Fake": "d_fake", "D_real": "d_real"}

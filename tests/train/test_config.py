@@ -7,25 +7,14 @@ import json
 
 import pytest
 
-from spade_fast.train.config import (
-    PRESETS,
-    RESUME_FIXED,
-    ConfigError,
-    TrainConfig,
-    add_arguments,
-    flag,
-    merge,
-    parse,
-    read_file,
-    read_run,
-    resolve,
-)
+from spade_fast.cli import ConfigError, add_options, flag, parse
+from spade_fast.train.config import PRESETS, RESUME_FIXED, TrainConfig, merge, read_file, read_run, resolve_config
 
 
 def options(*argv):
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_arguments(parser)
-    return parse(parser, list(argv))[1]
+    add_options(parser, TrainConfig)
+    return parse(parser, list(argv), TrainConfig)[1]
 
 
 def write(path, values):
@@ -59,7 +48,7 @@ def test_a_dataset_brings_its_own_schedule_without_a_preset():
     ],
 )
 def test_presets_hold_the_papers_schedules(name, epochs, decay_from, batch):
-    c = resolve(merge({}, {"preset": name}))
+    c = resolve_config(merge({}, {"preset": name}))
     assert (c.epochs, c.decay_from, c.batch_size) == (epochs, decay_from, batch)
     assert c.lrs() == (1e-4, 4e-4)
     assert (c.beta1, c.beta2) == (0.0, 0.9)
@@ -68,10 +57,10 @@ def test_presets_hold_the_papers_schedules(name, epochs, decay_from, batch):
 
 
 def test_without_ttur_both_networks_share_rate_and_betas():
-    c = resolve(merge({}, options("--no-ttur")))
+    c = resolve_config(merge({}, options("--no-ttur")))
     assert c.lrs() == (2e-4, 2e-4)
     assert (c.beta1, c.beta2) == (0.5, 0.999)
-    assert resolve(merge({}, options("--no-ttur", "--beta1", "0.3"))).beta1 == 0.3
+    assert resolve_config(merge({}, options("--no-ttur", "--beta1", "0.3"))).beta1 == 0.3
 
 
 def test_steps_and_epochs_the_later_place_wins():
@@ -83,19 +72,19 @@ def test_steps_and_epochs_the_later_place_wins():
 
 
 def test_load_size_keeps_the_margin_of_the_crop():
-    assert resolve(merge({}, {"preset": "coco"})).load_size == 286
-    assert resolve(merge({}, {"preset": "coco", "crop_size": 128})).load_size == 143
-    assert resolve(merge({}, {"preset": "coco", "crop_size": 128, "load_size": 128})).load_size == 128
+    assert resolve_config(merge({}, {"preset": "coco"})).load_size == 286
+    assert resolve_config(merge({}, {"preset": "coco", "crop_size": 128})).load_size == 143
+    assert resolve_config(merge({}, {"preset": "coco", "crop_size": 128, "load_size": 128})).load_size == 128
 
 
 def test_a_vae_has_a_z():
-    assert resolve(merge({}, {"use_vae": True})).z_dim == 256
-    assert resolve(merge({}, {"use_vae": True, "z_dim": 8})).z_dim == 8
-    assert resolve(merge({}, {})).z_dim is None
+    assert resolve_config(merge({}, {"use_vae": True})).z_dim == 256
+    assert resolve_config(merge({}, {"use_vae": True, "z_dim": 8})).z_dim == 8
+    assert resolve_config(merge({}, {})).z_dim is None
 
 
 def test_a_saved_config_reads_back_equal(tmp_path):
-    config = resolve(merge({}, {"preset": "ade20k", "dataroot": "x", "shift_labels": True, "steps": 9}))
+    config = resolve_config(merge({}, {"preset": "ade20k", "dataroot": "x", "shift_labels": True, "steps": 9}))
     config.save(tmp_path / "config.json")
     assert merge(read_file(tmp_path / "config.json"), {}) == config
 
@@ -177,7 +166,7 @@ def test_an_unknown_option_ends_the_program_with_close_ones(capsys):
 )
 def test_a_bad_value_names_the_option(values, message):
     with pytest.raises(ConfigError, match=message):
-        resolve(merge({}, values))
+        resolve_config(merge({}, values))
 
 
 def test_a_preset_of_another_dataset_is_refused():

@@ -37,7 +37,7 @@ TINY = {
 
 
 def resolved(**changes):
-    return cfg.resolve(cfg.merge({}, {**TINY, **changes}))
+    return cfg.resolve_config(cfg.merge({}, {**TINY, **changes}))
 
 
 # The step
@@ -59,7 +59,7 @@ def three_steps(rank=0, world=1, vgg=False, **changes) -> dict:
     for optimizer in step.optimizers.values():
         # A bias before a norm has no gradient but rounding, which Adam would blow up to the learning rate.
         optimizer.param_groups[0]["eps"] = 1e-6
-    first, last = ranks.part(5)
+    first, last = ranks.share(5)
     batch = default_collate([{k: v for k, v in dataset[i].items() if k != "path"} for i in range(5)])
     labels = batch_labels(batch, dataset.num_classes, torch.device("cpu"))[first:last]
     image = batch["image"].double()[first:last]

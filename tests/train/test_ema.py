@@ -21,7 +21,7 @@ TINY = {
 
 
 def trainer(path, resume=False, **changes):
-    return Trainer(cfg.resolve(cfg.merge({}, {**TINY, "out": str(path), **changes})), resume)
+    return Trainer(cfg.resolve_config(cfg.merge({}, {**TINY, "out": str(path), **changes})), resume)
 
 
 def generator(seed=0):
@@ -116,13 +116,13 @@ def test_checkpoints_hold_it_and_synthesis_takes_it(tmp_path):
 def test_pictures_are_of_the_average(tmp_path):
     t = trainer(tmp_path / "run")
     t.recalibrate()
-    before = t.synthesize_fixed()
+    before = t.sheets.synthesize()
     with torch.no_grad():
         t.generator.conv_img.bias.add_(1)
-    assert torch.equal(t.synthesize_fixed(), before)
+    assert torch.equal(t.sheets.synthesize(), before)
     with torch.no_grad():
         t.training.ema.net.conv_img.bias.add_(1)
-    assert not torch.equal(t.synthesize_fixed(), before)
+    assert not torch.equal(t.sheets.synthesize(), before)
 
 
 def test_without_average(tmp_path):

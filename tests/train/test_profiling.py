@@ -61,7 +61,7 @@ def test_training_that_ends_before_its_profile(tmp_path):
                              "sample_every": 0, "tensorboard": False})  # fmt: skip
     for after in (2, 0):  # the trace is cut short; the table is
         options.out = str(tmp_path / str(after))
-        assert Trainer(cfg.resolve(options)).train(profile=after) == "finished"
+        assert Trainer(cfg.resolve_config(options)).train(profile=after) == "finished"
         assert (tmp_path / str(after) / "profile/trace.json").exists()
     with timed() as seconds:  # and nothing is left on
         pass

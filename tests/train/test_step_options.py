@@ -33,7 +33,7 @@ TINY = {
 
 
 def resolved(**changes):
-    return cfg.resolve(cfg.merge({}, {**TINY, **changes}))
+    return cfg.resolve_config(cfg.merge({}, {**TINY, **changes}))
 
 
 def system(dtype=torch.float64, **changes):
@@ -49,7 +49,7 @@ def system(dtype=torch.float64, **changes):
     for optimizer in step.optimizers.values():
         # A bias before a norm has no gradient but rounding, which Adam would blow up to the learning rate.
         optimizer.param_groups[0]["eps"] = 1e-6
-    first, last = step.ranks.part(5)
+    first, last = step.ranks.share(5)
     batch = default_collate([{k: v for k, v in dataset[i].items() if k != "path"} for i in range(5)])
     labels = batch_labels(batch, dataset.num_classes, torch.device("cpu"))[first:last]
     return step, labels, batch["image"].to(dtype)[first:last]
@@ -296,7 +296,7 @@ def test_loading_processes_find_the_patterns_of_every_resolution():
     config = resolved(workers=1, crop_size=64, batch_size=2)
     dataset = make_dataset("synthetic", "train", crop_size=64, size=4)
     generator = build_networks(config, dataset.label_nc)["generator"]
-    source = batches.load(dataset, config, generator, Ranks("cpu"), 0, 0)
+    source = batches.device_batches(dataset, config, generator, Ranks("cpu"), 0, 0)
     labels, image = next(source)
     source.close()
     assert isinstance(labels, LabelMap)

@@ -15,7 +15,8 @@ from spade_fast.data import DataError
 from spade_fast.labels.batch import batch_labels
 from spade_fast.train import config as cfg
 from spade_fast.train.__main__ import main
-from spade_fast.train.plan import describe, saved_bytes
+from spade_fast.train.memory import saved_bytes
+from spade_fast.train.plan import describe
 from spade_fast.train.run_directory import RunDirectory, RunDirectoryError, random_state, restore_random_state
 from spade_fast.train.setup import build_networks
 from spade_fast.train.step import TrainingStep
@@ -30,7 +31,7 @@ TINY = {
 
 
 def trainer(path, resume=False, **changes):
-    return Trainer(cfg.resolve(cfg.merge({}, {**TINY, "out": str(path), **changes})), resume)
+    return Trainer(cfg.resolve_config(cfg.merge({}, {**TINY, "out": str(path), **changes})), resume)
 
 
 def weights(net):
@@ -137,7 +138,7 @@ def test_drawing_samples_leaves_training_as_it_was(tmp_path):
         assert torch.equal(value, drawn.generator.state_dict()[name]), name
     assert len(list((tmp_path / "b/samples").glob("*.png"))) == 4
     sheet = np.asarray(Image.open(tmp_path / "b/samples/step_00000004.png"))
-    real = ((drawn.fixed[0]["image"] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    real = ((drawn.sheets.fixed.samples[0]["image"] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     real = real.repeat(5, axis=0).repeat(5, axis=1)  # small cells are shown enlarged
     places = np.argwhere((sheet == real[0, 0]).all(-1))
     cells = [sheet[y : y + 160, x : x + 160] for y, x in places]
@@ -282,7 +283,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
 
 
 def test_memory_of_the_plan_is_what_autograd_really_keeps(tmp_path):
-    c = cfg.resolve(cfg.merge({}, {**TINY, "spade": "reference"}))
+    c = cfg.resolve_config(cfg.merge({}, {**TINY, "spade": "reference"}))
     real = build_networks(c, 13)
     with torch.device("meta"):
         predicted = saved_bytes(c, build_networks(c, 13), None, 13)

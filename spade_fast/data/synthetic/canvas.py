@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the synthetic landscapes are painted on: image, classes and instance ids together, and noise for textures."""
+"""The canvas of the synthetic landscapes: it holds image, classes and instance ids, and makes noise for textures."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def rgb(red: int, green: int, blue: int) -> np.ndarray:
 
 
 def mix(a: np.ndarray, b: np.ndarray, share: np.ndarray | float) -> np.ndarray:
-    """a where share is 0, b where it is 1: colors [3] or [h, w, 3], share [h, w]."""
+    """A blend: `a` where share is 0, `b` where it is 1. Colors are [3] or [h, w, 3], share is [h, w]."""
     share = np.clip(np.asarray(share, dtype=np.float32), 0, 1)[..., None]
     return a + (b - a) * share
 
 
 def smoothstep(low: float, high: float, value: np.ndarray) -> np.ndarray:
-    """0 up to `low`, 1 from `high` on, smooth between; falls if high < low."""
+    """0 up to `low`, 1 from `high` on, smooth between. It falls where high < low."""
     t = np.clip((value - low) / (high - low), 0, 1)
     return t * t * (3 - 2 * t)
 
@@ -58,9 +58,12 @@ class Canvas:
     """An image with its classes and instances.
 
     Attributes:
-        x, y: float32 [1, W], [H, 1], pixel centers; y in 0..1, x in 0..aspect.
+        x: float32 [1, W], pixel centers in 0..aspect.
+        y: float32 [H, 1], pixel centers in 0..1.
         aspect: width / height.
-        image: float32 [H, W, 3] in 0..1; labels, ids: int32 [H, W].
+        image: float32 [H, W, 3] in 0..1.
+        labels: int32 [H, W], the class of each pixel.
+        instance_ids: int32 [H, W], the instance of each pixel.
         grain: float32 [H, W], white noise of unit variance, the finest texture.
     """
 
@@ -72,9 +75,9 @@ class Canvas:
         self.x = ((np.arange(width, dtype=np.float32) + 0.5) / height)[None, :]
         self.image = np.zeros((height, width, 3), dtype=np.float32)
         self.labels = np.zeros((height, width), dtype=np.int32)
-        self.ids = np.zeros((height, width), dtype=np.int32)
+        self.instance_ids = np.zeros((height, width), dtype=np.int32)
         self.everywhere = np.ones((height, width), dtype=bool)
-        # From a generator of its own, so that a scene has the same shapes at every size.
+        # The grain has its own generator: the shapes of a scene must not depend on the size.
         self.grain = np.random.default_rng(rng.integers(2**62)).standard_normal((height, width), dtype=np.float32)
         self._next = 0
 
@@ -103,7 +106,7 @@ class Canvas:
         return outline / max(float(outline.max()), 1e-6)
 
     def window(self, x0: float, x1: float, y0: float, y1: float) -> tuple[slice, slice] | None:
-        """Rows and columns of a rectangle, None if it is outside of the image."""
+        """Rows and columns of a rectangle; None if it is outside of the image."""
         rows = slice(max(0, int(y0 * self.height)), min(self.height, int(np.ceil(y1 * self.height)) + 1))
         columns = slice(max(0, int(x0 * self.height)), min(self.width, int(np.ceil(x1 * self.height)) + 1))
         return (rows, columns) if rows.start < rows.stop and columns.start < columns.stop else None
@@ -121,12 +124,20 @@ class Canvas:
         window: tuple[slice, slice] | None = None,
         instance: int | None = None,
     ) -> None:
-        """Give the masked pixels of a window a class, an instance (None: a new one) and a color ([3] or [h, w, 3])."""
-        labels = self.labels[window or (slice(None), slice(None))]
-        ids, target = (plane[window or (slice(None), slice(None))] for plane in (self.ids, self.image))
+        """Give pixels a class, an instance and a color.
+
+        Args:
+            mask: bool, broadcastable to the window: the pixels.
+            name: of the class.
+            color: float32 [3] or [h, w, 3] in 0..1.
+            window: rows and columns; None for the whole canvas.
+            instance: id of the instance; None for a new one.
+        """
+        place = window or (slice(None), slice(None))
+        labels, instance_ids, target = self.labels[place], self.instance_ids[place], self.image[place]
         mask = np.broadcast_to(mask, labels.shape)
         labels[mask] = _NUMBER[name]
-        ids[mask] = self.instance() if instance is None else instance
+        instance_ids[mask] = self.instance() if instance is None else instance
         target[mask] = np.broadcast_to(color, target.shape)[mask]
 
     def tint(
@@ -143,7 +154,7 @@ class Canvas:
         self.image[window] *= 1 - share[..., None]
 
     def finish(self, tint: np.ndarray) -> np.ndarray:
-        """The image as uint8 [H, W, 3]: tinted, and softened a little, as a lens would."""
+        """The image as uint8 [H, W, 3]: tinted, and a little soft as behind a lens."""
         image = np.clip(self.image, 0, 1) * tint
         soft = image.copy()
         soft[:, 1:-1] = 0.5 * image[:, 1:-1] + 0.25 * (image[:, :-2] + image[:, 2:])

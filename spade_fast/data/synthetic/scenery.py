@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the synthetic landscapes: the land, from the horizon forward. Things that stand on it are in things.py.
+"""Draws the land of the synthetic landscapes, from the horizon forward. Module `things` draws what stands on it.
 
-Coordinates: y runs from 0 at the top to 1 at the bottom, x from 0 to width / height: shapes do not depend on the size.
+Coordinates: y runs from 0 at the top to 1 at the bottom, x from 0 to width / height. Shapes do not depend on the size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from .things import place_things, road_center
 
 __all__ = ["CLASS_NAMES", "PALETTE", "draw_scene"]
 
-_SKIES = (  # zenith, near the horizon, tint of the whole image; alike enough to be learned from a label map
+# Colors of the zenith and near the horizon, and the tint of the whole image. A network can not read the sky from the
+# label map, so the skies are similar.
+_SKIES = (
     (rgb(58, 120, 205), rgb(178, 212, 238), rgb(255, 255, 255)),
     (rgb(66, 128, 208), rgb(190, 216, 236), rgb(255, 252, 246)),
     (rgb(70, 108, 188), rgb(244, 200, 158), rgb(255, 240, 222)),
@@ -24,6 +26,11 @@ _LANDS = ("coast", "meadow", "lake", "town")
 
 def draw_scene(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One landscape.
+
+    Args:
+        rng: draws everything.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
 
     Returns:
         image uint8 [H, W, 3], classes int32 [H, W], instance ids int32 [H, W].
@@ -45,11 +52,11 @@ def draw_scene(rng: np.random.Generator, height: int, width: int) -> tuple[np.nd
         if land == "town" or rng.random() < 0.6:
             road = _road(canvas, horizon)
     place_things(canvas, land, horizon, road, light_left=sun_x < canvas.aspect / 2)
-    return canvas.finish(tint), canvas.labels, canvas.ids
+    return canvas.finish(tint), canvas.labels, canvas.instance_ids
 
 
 def _sky(canvas: Canvas, horizon: float, zenith: np.ndarray, low: np.ndarray) -> float:
-    """Sky, perhaps a sun, some clouds. Returns x of the sun, seen or not."""
+    """Sky, perhaps a sun, some clouds. Returns x of the sun, which gives light also where it is not seen."""
     rng = canvas.rng
     color = mix(zenith, low, smoothstep(0.0, horizon, canvas.y))
     x, y = rng.uniform(0.08, 0.92) * canvas.aspect, rng.uniform(0.08, 0.6) * horizon
@@ -98,7 +105,7 @@ def _mountains(canvas: Canvas, horizon: float, haze: np.ndarray, sun_x: float) -
         below = canvas.y - top
         mask = (below > 0) & (canvas.y < horizon + 0.01)
         relief = canvas.noise(5.0 + 2 * layer)
-        # Light falls on what faces the sun: of the ridge itself near its crest, of the relief below.
+        # Slopes that face the sun are lit. Near the crest the ridge has the slope, below it the relief.
         towards = np.sign(sun_x - canvas.x + 1e-6)
         ridge_slope = -np.gradient(top[0])[None] * canvas.height
         relief_slope = np.gradient(relief, axis=1) * canvas.height
@@ -113,7 +120,7 @@ def _mountains(canvas: Canvas, horizon: float, haze: np.ndarray, sun_x: float) -
 
 
 def _sea(canvas: Canvas, horizon: float, zenith: np.ndarray, low: np.ndarray, sun_x: float) -> None:
-    """Water to the bottom of the image (the shore covers it): waves that shrink with distance, the sun's path."""
+    """Water down to the bottom, with waves that shrink with distance and the path of the sun. The shore covers it."""
     far = np.clip(canvas.y - horizon, 0, None)
     color = mix(0.35 * low + 0.65 * rgb(58, 128, 172), rgb(18, 74, 122), smoothstep(0.0, 0.30, far))
     depth = 1.0 / (far + 0.025)
@@ -127,7 +134,7 @@ def _sea(canvas: Canvas, horizon: float, zenith: np.ndarray, low: np.ndarray, su
 
 
 def _shore(canvas: Canvas, horizon: float, sandy: bool) -> None:
-    """Land in the foreground: a beach with foam before it, and grass behind, or grass to the water."""
+    """Land in the foreground: grass to the water, or a beach with foam before it and perhaps grass behind."""
     rng = canvas.rng
     room = 1 - horizon
     tilt = rng.uniform(-0.45, 0.45)
@@ -155,7 +162,7 @@ def _shore(canvas: Canvas, horizon: float, sandy: bool) -> None:
 
 
 def _grass(canvas: Canvas, mask: np.ndarray, horizon: float) -> None:
-    """Meadow: hazy and smooth far away, blades and flowers near."""
+    """A meadow: hazy and smooth far away, with blades and flowers near."""
     near = smoothstep(horizon, 1.0, canvas.y)
     color = mix(rgb(128, 164, 84), rgb(62, 122, 44), 0.55 * near + 0.5 * (canvas.noise(4.0) - 0.3))
     color = mix(color, rgb(166, 172, 88), 0.4 * smoothstep(0.5, 0.8, canvas.wash(3.0)))
@@ -167,7 +174,7 @@ def _grass(canvas: Canvas, mask: np.ndarray, horizon: float) -> None:
 
 
 def _road(canvas: Canvas, horizon: float) -> dict:
-    """A road to the horizon, with a dashed middle. Returns its course, for what stands beside it and drives on it."""
+    """A road to the horizon, with a dashed middle. Returns its course, which places the cars."""
     rng = canvas.rng
     vanish, bottom = rng.uniform(0.3, 0.7) * canvas.aspect, rng.uniform(0.25, 0.75) * canvas.aspect
     bend = rng.uniform(-0.12, 0.12)

@@ -15,13 +15,13 @@ _PAINTS = (rgb(176, 28, 40), rgb(196, 60, 36), rgb(150, 24, 60), rgb(188, 40, 88
 
 
 def road_center(course: dict, t: float | np.ndarray) -> float | np.ndarray:
-    """Middle of the road at t, 0 on the horizon to 1 at the bottom."""
+    """The x of the middle of the road at t, which runs from 0 on the horizon to 1 at the bottom."""
     straight = course["vanish"] + (course["bottom"] - course["vanish"]) * t
     return straight + course["bend"] * np.sin(np.pi * t)
 
 
 def place_things(canvas: Canvas, land: str, horizon: float, road: dict | None, light_left: bool) -> None:
-    """Stand things on the land: what is farther (higher in the image) is smaller and drawn first."""
+    """Puts things on the land. Far things stand higher in the image, are smaller and are drawn first."""
     rng = canvas.rng
     plan: list[tuple[float, Callable, float]] = []  # (y of the foot, painter, x)
 
@@ -73,18 +73,22 @@ def _stands(canvas: Canvas, painter: Callable, x: float, foot: float) -> bool:
     return ground in ("grass", "tree", "building") or (painter is _tree and ground == "sand")
 
 
-def _local(canvas: Canvas, x0: float, x1: float, y0: float, y1: float):
+def _local(
+    canvas: Canvas, x0: float, x1: float, y0: float, y1: float
+) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray] | None:
+    """A window of the canvas, with the x [1, w] and y [h, 1] of its pixels; None if it is outside of the image."""
     window = canvas.window(x0, x1, y0, y1)
     if window is None:
-        return None, None, None
+        return None
     return window, canvas.x[:, window[1]], canvas.y[window[0]]
 
 
 def _shadow(canvas: Canvas, x: float, foot: float, half: float, light_left: bool) -> None:
     """A soft ellipse on the ground, away from the light."""
     cx = x + (0.35 if light_left else -0.35) * half
-    window, px, py = _local(canvas, cx - 1.6 * half, cx + 1.6 * half, foot - 0.5 * half, foot + 0.5 * half)
-    if window is not None:
+    local = _local(canvas, cx - 1.6 * half, cx + 1.6 * half, foot - 0.5 * half, foot + 0.5 * half)
+    if local is not None:
+        window, px, py = local
         r = ((px - cx) / (1.5 * half)) ** 2 + ((py - foot) / (0.38 * half)) ** 2
         canvas.shade(0.42 * smoothstep(1.0, 0.3, r), window)
 
@@ -96,9 +100,10 @@ def _tree(canvas: Canvas, x: float, foot: float, near: float, light_left: bool) 
     half = tall * rng.uniform(0.30, 0.42)
     conifer = rng.random() < 0.4
     _shadow(canvas, x, foot, 0.8 * half, light_left)
-    window, px, py = _local(canvas, x - 1.2 * half, x + 1.2 * half, foot - 1.1 * tall, foot)
-    if window is None:
+    local = _local(canvas, x - 1.2 * half, x + 1.2 * half, foot - 1.1 * tall, foot)
+    if local is None:
         return
+    window, px, py = local
     number = canvas.instance()
     trunk = (np.abs(px - x) < 0.09 * half + 0.012 * tall) & (py > foot - 0.4 * tall)
     canvas.paint(trunk, "tree", rgb(92, 66, 44), window, number)
@@ -133,9 +138,10 @@ def _building(canvas: Canvas, x: float, foot: float, near: float, light_left: bo
     wide = (0.15 + 0.16 * near) * rng.uniform(0.8, 1.2)
     tall = wide * (rng.uniform(1.2, 2.1) if block else rng.uniform(0.55, 0.8))
     roof = 0.0 if block else 0.45 * wide
-    window, px, py = _local(canvas, x - 0.06 * wide, x + 1.06 * wide, foot - tall - roof, foot)
-    if window is None:
+    local = _local(canvas, x - 0.06 * wide, x + 1.06 * wide, foot - tall - roof, foot)
+    if local is None:
         return
+    window, px, py = local
     number = canvas.instance()
     u, v = (px - x) / wide, (foot - py) / tall  # 0..1 over the wall, v upwards
     wall = (u >= 0) & (u < 1) & (v >= 0) & (v < 1)
@@ -168,9 +174,10 @@ def _person(canvas: Canvas, x: float, foot: float, near: float, light_left: bool
     rng = canvas.rng
     tall = 0.055 + 0.22 * near
     _shadow(canvas, x, foot, 0.22 * tall, light_left)
-    window, px, py = _local(canvas, x - 0.25 * tall, x + 0.25 * tall, foot - tall, foot)
-    if window is None:
+    local = _local(canvas, x - 0.25 * tall, x + 0.25 * tall, foot - tall, foot)
+    if local is None:
         return
+    window, px, py = local
     number = canvas.instance()
     u, v = (px - x) / tall, (foot - py) / tall
     stride = rng.uniform(0.3, 0.8)
@@ -188,9 +195,10 @@ def _car(canvas: Canvas, x: float, foot: float, near: float, light_left: bool) -
     """A car from behind or before: body, cabin with a window, lamps, wheels."""
     rng = canvas.rng
     wide = 0.03 + 0.20 * near
-    window, px, py = _local(canvas, x - 0.6 * wide, x + 0.6 * wide, foot - 0.85 * wide, foot + 0.02)
-    if window is None:
+    local = _local(canvas, x - 0.6 * wide, x + 0.6 * wide, foot - 0.85 * wide, foot + 0.02)
+    if local is None:
         return
+    window, px, py = local
     _shadow(canvas, x, foot, 0.55 * wide, light_left)
     number = canvas.instance()
     u, v = (px - x) / wide, (foot - py) / wide
