@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""embedding_sum: per row of codes, the sum of one table row a tap (+ bias, ReLU), and its backward by segments."""
+"""embedding_sum: the sum of one table row for each tap, with bias and ReLU, and its backward by segments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .segments import segment_sum, segments
 
 @triton.jit
 def add_row(acc, code, known, table, cols, col_mask, sl, so, L: tl.constexpr, EDGES: tl.constexpr):
-    """acc [R, B] + what code [R] stands for in one tap's table [L, B] (see embedding_sum)."""
+    """acc [R, B] plus the rows that code [R] stands for in one tap's table [L, B]."""
     known = known & (code >= 0)
     label = code
     if EDGES:
@@ -78,10 +78,10 @@ def embedding_sum(
 
 
 def rows_of(codes: torch.Tensor, num_rows: int, edges: bool) -> list[torch.Tensor]:
-    """The rows codes stand for in one tap's table, -1 for none: [label rows], or [label rows, edge rows]."""
+    """The rows that codes stand for in one tap's table: [label rows], or [label rows, edge rows]; -1 for no row."""
     if not edges:
         return [torch.where(codes < num_rows, codes, -1)]
-    label = codes >> 1  # -1 stays -1
+    label = codes >> 1  # A code of -1 stays -1.
     edge = (codes >= 0) & ((codes & 1) == 1)
     return [torch.where(label < num_rows - 1, label, -1), torch.where(edge, num_rows - 1, -1).to(codes.dtype)]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""modulation: normalize, scale and shift by pattern or per pixel, LeakyReLU, nearest ×2 of the input, in one pass.
+"""modulation: normalize, scale and shift by pattern or by pixel, activate and enlarge, in one pass.
 
-Programs tile the pixels of the *small* x, so each element of x is read once also when it is upsampled and when there
-are two outputs; the up² output positions of a pixel are a compile-time loop.
+A program has a tile of pixels of the small x. Each element of x is read once, also when x is enlarged and when there
+are two outputs. A loop goes over the up² output positions of a pixel.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .common import (
     block_channels,
     empty_activation,
     grid_of,
+    group_step_of,
     load_norm,
     load_params,
     load_pattern,
@@ -56,7 +57,7 @@ def _forward_kernel(
     if mean is not None:
         center, scale = load_norm(mean, rstd, n * group_step, cols, col_mask, C)
         xhat = (xhat - center[None, :]) * scale[None, :]
-    for k in range(UP * UP):  # not unrolled: four positions at once would cost the registers of four
+    for k in range(UP * UP):  # Not unrolled: four positions at once take the registers of four.
         oy = y * UP + k // UP
         ox = xx * UP + k % UP
         pattern, known = load_pattern(pattern_ids, n, oy, ox, HW * UP * UP, W * UP, row_mask, mask)
@@ -88,13 +89,11 @@ def modulation(
     outs = [empty_activation(x, (n, c, h * upsample, w * upsample)) for _ in params]
     if x.numel() == 0:
         return outs
-    outputs = tuple(
-        _Output(out, p, p.stride(), slope) for out, p, slope in zip(outs, params, slopes, strict=True)
-    )
+    outputs = tuple(_Output(out, p, p.stride(), slope) for out, p, slope in zip(outs, params, slopes, strict=True))
     block = block_channels(c, x.stride(1))
     with on_device(x):
         _forward[grid_of(n, h * w, c, block)](
-            x, x.stride(), mean, rstd, int(mean is not None and mean.shape[0] > 1),
+            x, x.stride(), mean, rstd, group_step_of(mean),
             None if pattern_ids is None else pattern_ids.contiguous(), outputs, outs[0].stride(), h * w, w,
             C=c, M=len(params), UP=upsample, DENSE=pattern_ids is None, BLOCK_C=block,
         )  # fmt: skip

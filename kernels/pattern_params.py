@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pattern_params: gamma and beta of every pattern, as a GEMM that gathers its rows, or factored; and the backward."""
+"""pattern_params: gamma and beta of every pattern, by a GEMM that gathers its rows or by the factored method."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .common import autotune, on_device
 from .embedding_sum import embedding_sum
 from .segments import segment_sum, segments
 
-# What a GPU does while it moves a byte of gathered rows (H200 data sheet: about 3 TB/s out of L2 and memory; half
-# precision 500, TF32 250, fp32 40 TFLOP/s reached by a GEMM). Only these ratios matter, to choose the method.
+# Floating-point operations in the time that a byte of gathered rows takes. On an H200, by its data sheet, gathers move
+# about 3 TB/s, and a GEMM reaches 500 (half precision), 250 (TF32) or 40 TFLOP/s (fp32). Only the ratios matter.
 FLOPS_PER_BYTE = {"half": 160.0, "tf32": 80.0, "ieee": 13.0}
 
-# All with the same K step, so that the choice does not change the order of the sums. Reading the index before the row
-# takes half of the stages: five leave two or three buffers of operands.
+# All configs have the same K step, so the choice does not change the order of the sums. The index is read before the
+# row, which takes half of the stages: five stages leave two or three buffers of operands.
 _CONFIGS = [
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=5),
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=5),
@@ -71,7 +71,7 @@ _gather_gemm = autotune(_CONFIGS, key=["C", "HD", "T"])(_gather_gemm_kernel)
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """What products are taken in: as torch's own GEMMs would."""
+    """The precision of the products, the same as in torch's GEMMs."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -137,7 +137,7 @@ def pattern_params_backward(
     keys = torch.where(taps < 0, -1, taps * t + torch.arange(t, dtype=taps.dtype, device=taps.device))
     if tap_order is None or tap_offsets is None:
         tap_order, tap_offsets = segments(keys, q * t)
-    # [Q, T·2C], of every (hidden row, tap) the sum of the dparams it had a part in
+    # [Q, T·2C]: for each hidden row and tap, the sum of dparams of the patterns that use it.
     sums = segment_sum(dparams, keys.view(-1), tap_order, tap_offsets, per_row=t, dtype=a.dtype).view(q, t * 2 * c)
     merged = torch.cat([_matrix(w_gamma, a.dtype), _matrix(w_beta, a.dtype)]).transpose(0, 1).reshape(t * 2 * c, width)
     da = torch.mm(sums, merged)

@@ -251,7 +251,9 @@ def test_saves_only_its_inputs():
     inputs = [case.x, mean, rstd, *case.params, case.ids, case.order, case.offsets]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        modulation(case.x, mean, rstd, case.params, case.ids, case.order, case.offsets, [0.2, 1.0], 2, stats_from_x=True)
+        modulation(
+            case.x, mean, rstd, case.params, case.ids, case.order, case.offsets, [0.2, 1.0], 2, stats_from_x=True
+        )
     assert len(saved) == 8 and set(saved) <= {t.data_ptr() for t in inputs}
 
 
@@ -260,7 +262,10 @@ def test_saves_only_its_inputs():
     [
         (dict(upsample=3), "upsample must be 1 or 2, got 3"),
         (dict(slopes=[0.2, 1.0]), "1 or 2 sets of params, a slope each; got 1 and 2"),
-        (dict(pattern_ids=torch.zeros(1, 3, 3, dtype=torch.int32)), r"pattern_ids must have shape \[1, 4, 4\], got \[1, 3, 3\]"),
+        (
+            dict(pattern_ids=torch.zeros(1, 3, 3, dtype=torch.int32)),
+            r"pattern_ids must have shape \[1, 4, 4\], got \[1, 3, 3\]",
+        ),
         (dict(params=[torch.zeros(5, 5)]), r"params\[0\] must have shape \[P, 4\], got \[5, 5\]"),
         (dict(pattern_ids=None), r"params\[0\] must have shape \[1, 4, 4, 4\], got \[5, 4\]"),
         (dict(x=torch.zeros(2, 4, 4)), r"x must have shape \[N, C, H, W\], got \[2, 4, 4\]"),
