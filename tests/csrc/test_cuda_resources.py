@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import cuda_resources
+from benchmarks.tools import cuda_resources
 from spade_fast.native.toolchain import csrc, find_nvcc
 
 ARCHS = list(cuda_resources.TARGETS)

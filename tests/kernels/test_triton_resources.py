@@ -6,11 +6,11 @@ import pytest
 pytest.importorskip("triton")
 import triton
 
-from benchmarks import resources
+from benchmarks.tools import resources
 
 SPILLS = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6)
 
-# One of each kernel there is; a kernel added without a case in benchmarks/resources.py is found by its absence here.
+# One of each kernel there is. A kernel without a case in benchmarks/tools/resources.py is found by its absence here.
 KERNELS = {
     "embedding_sum": {"_gather_sum_kernel"},
     "label_conv": {"_forward_kernel", "_backward_kernel"},

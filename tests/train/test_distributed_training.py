@@ -114,7 +114,7 @@ def test_every_sample_of_an_epoch_is_seen_once():
     for world in (1, 2, 3, 5):
         parts = [(7 * r // world, 7 * (r + 1) // world) for r in range(world)]
         whole = list(EpochBatches(30, 7, 1, 2))
-        shares = [list(EpochBatches(30, 7, 1, 2, part=part)) for part in parts]
+        shares = [list(EpochBatches(30, 7, 1, 2, share=part)) for part in parts]
         together = [[i for part in batch for i in part] for batch in zip(*shares, strict=True)]
         assert together == whole
     seen = [i for batch in whole for i in batch]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out data: where sample pictures come from, and that training never sees it."""
 
+import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from spade_fast.data import DataError
 from spade_fast.data.__main__ import main as data_command
 from spade_fast.data.options import DataOptions, open_dataset
 from spade_fast.train.config import merge, resolve_config
+from spade_fast.train.run_directory import RunDirectoryError
 from spade_fast.train.samples import FixedSamples
+from spade_fast.train.trainer import Trainer
 
 
 def folder(root, names, seed=0, instances=False):
@@ -156,3 +160,32 @@ def test_the_check_reads_held_out_data_too(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "2 samples" in out
     assert "b/label/5.png: label value 7" in out
+
+
+TINY = {
+    **{"ngf": 4, "ndf": 4, "num_d": 1, "batch_size": 2, "steps": 4, "workers": 0, "sample_every": 2},
+    **{"tensorboard": False, "device": "cpu", "val_split": 0.3},
+}
+
+
+def test_training_never_reads_held_out_files(tmp_path, one_thread):
+    """They are damaged once the fixed samples are read; steps, statistics and pictures go on without a fault."""
+    config = resolved(**folder(tmp_path / "a", [str(i) for i in range(10)]), **TINY, out=str(tmp_path / "run"))
+    t = Trainer(config)
+    held = {sample["path"] for sample in t.sheets.fixed.samples}
+    assert len(held) == 3
+    for path in held:
+        Path(path).write_bytes(b"damaged")
+        Path(path.replace("/label/", "/img/")).write_bytes(b"damaged")
+    assert t.train() == "finished"
+    assert len(list((tmp_path / "run/samples").glob("*.png"))) == 2
+    with pytest.raises(DataError, match="cannot read"):
+        Trainer(dataclasses.replace(config, val_split=None, out=str(tmp_path / "all"))).train()
+
+
+def test_a_resumed_run_keeps_its_split(tmp_path, one_thread):
+    options = {**folder(tmp_path / "a", [str(i) for i in range(10)]), **TINY, "out": str(tmp_path / "run")}
+    Trainer(resolved(**options)).train()
+    with pytest.raises(RunDirectoryError, match=r"--resume: --val-split is 0\.2, but .* was trained with 0\.3"):
+        Trainer(resolved(**{**options, "val_split": 0.2, "steps": 6}), resume=True)
+    assert Trainer(resolved(**{**options, "steps": 6}), resume=True).train() == "finished"

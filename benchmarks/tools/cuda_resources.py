@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers, spills, shared memory and occupancy of the CUDA kernels in csrc/cuda, as nvcc reports them.
 
-    python -m benchmarks.cuda_resources [--arch 80 90 100 120] [--json FILE]
+    python -m benchmarks.tools.cuda_resources [--arch 80 90 100 120] [--json FILE]
 
 No GPU is needed. Where there is one, the kernels of the loaded extension are measured on it too. The command fails when
 a kernel spills. nvcc's rows are kept in the temporary directory until the sources change.
@@ -104,7 +104,7 @@ def measure(archs: list[int], jobs: int | None = None) -> list[Row]:
     """Rows of every kernel for the architectures, compiled in parallel or taken from the last time."""
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RuntimeError("benchmarks.cuda_resources: nvcc was not found")
+        raise RuntimeError("benchmarks.tools.cuda_resources: nvcc was not found")
     directory = csrc() / "cuda"
     sources = sorted(directory.glob("*.cu"))
     digest = hashlib.sha256(f"{archs} {cuda_home(nvcc)}".encode() + Path(__file__).read_bytes())

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers, spills and shared memory of every Triton kernel and config, compiled ahead of time: no GPU needed.
 
-    python -m benchmarks.resources [--arch 80 90 100 120] [--thorough] [--json FILE]
+    python -m benchmarks.tools.resources [--arch 80 90 100 120] [--thorough] [--json FILE]
 
 The launchers themselves are called on small CPU tensors, and Triton's launch is replaced by a compilation for the
 architecture. So what is compiled is what a GPU would run. The command fails when a kernel spills, or needs more shared
-memory than the architecture has. Where nvcc is found, the CUDA kernels follow (benchmarks.cuda_resources).
+memory than the architecture has. Where nvcc is found, the CUDA kernels follow (benchmarks.tools.cuda_resources).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import cuda_resources
+from benchmarks.tools import cuda_resources
 from spade_fast.native.toolchain import find_nvcc
 
 if TYPE_CHECKING:  # the process that starts the others does without torch
@@ -210,7 +210,7 @@ def _find(pattern: str, text: str) -> re.Match[str]:
     """The match that the output of a tool must have."""
     match = re.search(pattern, text)
     if match is None:
-        raise RuntimeError(f"benchmarks.resources: {pattern!r} is not in {text[-500:]!r}")
+        raise RuntimeError(f"benchmarks.tools.resources: {pattern!r} is not in {text[-500:]!r}")
     return match
 
 
@@ -259,7 +259,7 @@ def compile_all(arch: int, thorough: bool) -> list[dict[str, Any]]:
         with _compile_instead_of_launching(arch, found):
             call()
         if not found:
-            raise RuntimeError(f"benchmarks.resources: case {what!r} launches no kernel")
+            raise RuntimeError(f"benchmarks.tools.resources: case {what!r} launches no kernel")
         for name, options, compiled in found:
             if compiled.hash in seen:
                 continue
@@ -273,8 +273,9 @@ def _in_own_process(arch: int, thorough: bool) -> list[dict[str, Any]]:
     """compile_all in a process where the interpreter is off, whatever this one runs under."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    command = [sys.executable, "-m", "benchmarks.resources", "--only", str(arch), *(["--thorough"] if thorough else [])]
-    root = Path(__file__).resolve().parent.parent
+    flags = ["--thorough"] if thorough else []
+    command = [sys.executable, "-m", "benchmarks.tools.resources", "--only", str(arch), *flags]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     if done.returncode:
         raise RuntimeError(f"compiling for sm_{arch} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
