@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the launchers share: tuning, devices, tile shapes.
+"""What the launchers share: tuning, devices, tile shapes, addresses.
 
-Tuned kernels are those whose numbers do not depend on the tile (element-wise ones, and the GEMM, whose K step is the
-same in every config); kernels that reduce use fixed shapes, so that results are bitwise equal from run to run.
+Results are bitwise equal from run to run. Only kernels whose results do not depend on the tile are tuned: those that
+work by element, and the GEMM, which has the same K step in every config. Kernels that reduce have fixed shapes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 import triton.testing
 
-try:  # triton >= 3.4 keeps its settings in knobs
+try:  # Triton >= 3.4 keeps its settings in knobs.
     from triton import knobs
 
     INTERPRET = bool(knobs.runtime.interpret)
@@ -26,18 +26,18 @@ except ImportError:
 
 
 def _bench(fn: Callable[[], None], quantiles: tuple[float, ...] | None = None):
-    if INTERPRET:  # nothing to time there: the first config is taken
+    if INTERPRET:  # Times mean nothing there, so the first config is taken.
         return [0.0] * len(quantiles or (0.5,))
     return triton.testing.do_bench(fn, warmup=5, rep=20, quantiles=quantiles)
 
 
 def autotune(configs: list[triton.Config], key: list[str]):
-    """``triton.autotune`` with a short measurement, and none at all under the interpreter."""
+    """``triton.autotune`` with a short measurement. Under the interpreter nothing is measured."""
     return triton.autotune(configs=configs, key=key, do_bench=_bench)
 
 
-# Elements of a [pixels, channels] tile an element-wise program handles, and its warps: 8 a thread, one 16-byte access
-# in half precision. More of them spill where a pixel has four positions and two outputs.
+# TILE: elements of the [pixels, channels] tile of one program. A thread has 8, which is one 16-byte access in half
+# precision. With more, registers spill where a pixel has four output positions and two outputs.
 TILES = [
     triton.Config({"TILE": 1024}, num_warps=4),
     triton.Config({"TILE": 2048}, num_warps=8),
@@ -45,40 +45,40 @@ TILES = [
 
 
 def block_channels(channels: int, channel_stride: int, limit: int = 128) -> int:
-    """Channels a tile spans: wide when channels are adjacent in memory, few when pixels are (NCHW)."""
+    """Channels of a tile: many when channels are adjacent in memory, few when pixels are, as in NCHW."""
     return min(triton.next_power_of_2(max(channels, 1)), limit if channel_stride == 1 or channels == 1 else 8)
 
 
 def on_device(t: torch.Tensor):
-    """Context making t's CUDA device current, where it is not already: Triton launches on the current one."""
+    """A context in which t's CUDA device is current, because Triton launches kernels on the current device."""
     if t.is_cuda and t.device.index != torch.cuda.current_device():
         return torch.cuda.device(t.device)
     return contextlib.nullcontext()
 
 
 def empty_activation(like: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """Uninitialized [N,C,H,W] in the memory layout of `like`: channels-last stays so, anything else gets NCHW."""
+    """An uninitialized tensor [N, C, H, W] of `like`'s dtype: channels-last if `like` is, otherwise contiguous."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout_of(like))
 
 
 def layout_of(x: torch.Tensor) -> torch.memory_format:
-    """channels_last where x's channels are adjacent in memory (also in a slice of such a tensor)."""
+    """channels_last if x's channels are adjacent in memory, as they are in a slice of such a tensor too."""
     return torch.channels_last if x.shape[1] > 1 and x.stride(1) == 1 else torch.contiguous_format
 
 
-def param_strides(params: torch.Tensor) -> tuple[int, int, int, int]:
-    """(n or row, channel, h, w) strides of pattern rows [P, 2C] or dense parameters [N, 2C, Ho, Wo]."""
-    return params.stride() if params.dim() == 4 else (*params.stride(), 0, 0)
-
-
 def grid_of(n: int, hw: int, c: int, block: int):
-    """Grid of a tuned kernel: tiles of the pixels of every image × blocks of channels."""
+    """The grid of a tuned kernel: tiles of pixels of every image × blocks of channels."""
     return lambda meta: (n * triton.cdiv(hw, meta["TILE"] // block), triton.cdiv(c, block))
+
+
+def group_step_of(mean: torch.Tensor | None) -> int:
+    """What the kernels multiply an image's number with to get its row of mean [G, C]: 0 where G = 1."""
+    return int(mean is not None and mean.shape[0] > 1)
 
 
 @triton.jit
 def pixel_tile(pid, HW, W, ROWS: tl.constexpr):
-    """Program -> image (int64), which rows are inside it, y, x of a tile of ROWS pixels."""
+    """The tile of ROWS pixels of a program: its image (int64), a mask of rows inside the image, y and x [ROWS]."""
     tiles = tl.cdiv(HW, ROWS)
     n = (pid // tiles).to(tl.int64)
     p = (pid % tiles) * ROWS + tl.arange(0, ROWS)
@@ -87,25 +87,43 @@ def pixel_tile(pid, HW, W, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_norm(mean, rstd, group, cols, col_mask, C: tl.constexpr, NORM: tl.constexpr):
-    """mean, rstd [BLOCK_C] of a group, or 0 and 1."""
-    if NORM:
-        m = tl.load(mean + group * C + cols, mask=col_mask, other=0.0)
-        r = tl.load(rstd + group * C + cols, mask=col_mask, other=0.0)
-    else:
-        m = tl.zeros(cols.shape, tl.float32)
-        r = m + 1.0
-    return m, r
+def place(strides, n, y, x, cols):
+    """Offsets [ROWS, BLOCK_C] of channels cols [BLOCK_C] at pixels (n, y, x) [ROWS]. strides: (n, c, h, w)."""
+    at = n * strides[0] + y.to(tl.int64) * strides[2] + x.to(tl.int64) * strides[3]
+    return at[:, None] + (cols.to(tl.int64) * strides[1])[None, :]
 
 
 @triton.jit
-def load_params(params, pattern, n, oy, ox, cols, mask, spn, spc, sph, spw, C: tl.constexpr, DENSE: tl.constexpr):
-    """gamma, beta fp32 [ROWS, BLOCK_C]: from rows [P, 2C] by pattern, or from dense [N, 2C, Ho, Wo]."""
-    if DENSE:  # noqa: SIM108 (a compile-time branch)
-        at = n * spn + oy.to(tl.int64) * sph + ox.to(tl.int64) * spw
+def load_norm(mean, rstd, group, cols, col_mask, C: tl.constexpr):
+    """mean and rstd [BLOCK_C] of a group, or 0 and 1 if mean is None."""
+    if mean is not None:
+        center = tl.load(mean + group * C + cols, mask=col_mask, other=0.0)
+        scale = tl.load(rstd + group * C + cols, mask=col_mask, other=0.0)
     else:
-        at = pattern.to(tl.int64) * spn
-    ptr = params + at[:, None] + (cols.to(tl.int64) * spc)[None, :]
-    gamma = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
-    beta = tl.load(ptr + C * spc, mask=mask, other=0.0).to(tl.float32)
+        center = tl.zeros(cols.shape, tl.float32)
+        scale = center + 1.0
+    return center, scale
+
+
+@triton.jit
+def load_pattern(pattern_ids, n, y, x, HW_OUT, W_OUT, row_mask, mask):
+    """The pattern [ROWS] of each output pixel, and the mask of its parameters. Dense parameters use no pattern."""
+    if pattern_ids is None:
+        pattern = y
+        known = mask
+    else:
+        pattern = tl.load(pattern_ids + n * HW_OUT + y * W_OUT + x, mask=row_mask, other=-1)
+        known = mask & (pattern >= 0)[:, None]
+    return pattern, known
+
+
+@triton.jit
+def load_params(params, strides, pattern, n, y, x, cols, mask, C: tl.constexpr, DENSE: tl.constexpr):
+    """gamma and beta, fp32 [ROWS, BLOCK_C], from rows [P, 2C] by pattern or from dense [N, 2C, Ho, Wo]."""
+    if DENSE:
+        at = params + place(strides, n, y, x, cols)
+    else:
+        at = params + (pattern.to(tl.int64) * strides[0])[:, None] + (cols.to(tl.int64) * strides[1])[None, :]
+    gamma = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    beta = tl.load(at + C * strides[1], mask=mask, other=0.0).to(tl.float32)
     return gamma, beta

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""embedding_sum: per row of codes, the sum of one table row a tap (+ bias, ReLU), and its backward by segments."""
+"""embedding_sum: the sum of one table row for each tap, with bias and ReLU, and its backward by segments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .segments import segment_sum, segments
 
 @triton.jit
 def add_row(acc, code, known, table, cols, col_mask, sl, so, L: tl.constexpr, EDGES: tl.constexpr):
-    """acc [R, B] + what code [R] stands for in one tap's table [L, B] (see embedding_sum)."""
+    """acc [R, B] plus the rows that code [R] stands for in one tap's table [L, B]."""
     known = known & (code >= 0)
     label = code
     if EDGES:
@@ -63,10 +63,6 @@ def embedding_sum(
     table: torch.Tensor, bias: torch.Tensor | None, codes: torch.Tensor, edges: bool, relu: bool
 ) -> torch.Tensor:
     """table [T,L,Hd] of any strides, codes int32 [Q,T] -> [Q,Hd] in table's dtype, summed in fp32."""
-    if table.dtype == torch.float64:
-        from spade_fast.ops.embedding_sum import embedding_sum_torch
-
-        return embedding_sum_torch(table, bias, codes, edges, relu)
     taps, num_rows, width = table.shape
     q = codes.shape[0]
     out = torch.empty(q, width, dtype=table.dtype, device=table.device)
@@ -82,10 +78,10 @@ def embedding_sum(
 
 
 def rows_of(codes: torch.Tensor, num_rows: int, edges: bool) -> list[torch.Tensor]:
-    """The rows codes stand for in one tap's table, -1 for none: [label rows], or [label rows, edge rows]."""
+    """The rows that codes stand for in one tap's table: [label rows], or [label rows, edge rows]; -1 for no row."""
     if not edges:
         return [torch.where(codes < num_rows, codes, -1)]
-    label = codes >> 1  # -1 stays -1
+    label = codes >> 1  # A code of -1 stays -1.
     edge = (codes >= 0) & ((codes & 1) == 1)
     return [torch.where(label < num_rows - 1, label, -1), torch.where(edge, num_rows - 1, -1).to(codes.dtype)]
 
@@ -94,10 +90,6 @@ def embedding_sum_backward(
     dout: torch.Tensor, out: torch.Tensor, codes: torch.Tensor, num_rows: int, edges: bool, relu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dout, out [Q,Hd], codes [Q,T] -> (dtable [T,num_rows,Hd], dbias [Hd]) in dout's dtype. Deterministic."""
-    if dout.dtype == torch.float64:
-        from spade_fast.ops.embedding_sum import embedding_sum_backward_torch
-
-        return embedding_sum_backward_torch(dout, out, codes, num_rows, edges, relu)
     taps, width = codes.shape[1], dout.shape[1]
     if relu:
         dout = torch.where(out > 0, dout, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""label_conv: the convolution of a one-hot label map (+ edge channel), or of its pooled version, as a gather."""
+"""label_conv: the convolution of a one-hot label map and its edges, or of the pooled map, as a gather."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _CONFIGS = [
 
 @triton.jit
 def _pool_weight(y, x, H, W):
-    """[R, 1]: 1 / number of the 3×3 positions under pooled position (y, x) that lie inside the image."""
+    """1 / the number of positions [R, 1] inside the image, of the 3×3 under pooled position (y, x)."""
     rows = tl.minimum(2 * y + 1, H - 1) - tl.maximum(2 * y - 1, 0) + 1
     columns = tl.minimum(2 * x + 1, W - 1) - tl.maximum(2 * x - 1, 0) + 1
-    # at least 1: positions outside are masked, but infinity times their zero would not be zero
+    # At least 1: positions outside are masked to zero, but infinity times zero is not zero.
     return (1.0 / (tl.maximum(rows, 1) * tl.maximum(columns, 1)).to(tl.float32))[:, None]
 
 
@@ -75,7 +75,7 @@ _forward = autotune(_CONFIGS, key=["WIDTH", "K", "POOLED", "EDGES"])(_forward_ke
 
 @triton.jit
 def _add_dout(value, dout, n, py, px, known, ky, kx, cols, col_mask, weight, Ho, Wo, sn, sc, sh, sw, STRIDE, PAD):
-    """value + weight · dout where the convolution's tap (ky, kx) met position (py, px) of its input."""
+    """value + weight · dout of the output where tap (ky, kx) of the convolution reads input position (py, px)."""
     ty = py + PAD - ky
     tx = px + PAD - kx
     known = known & (ty >= 0) & (tx >= 0) & (ty % STRIDE == 0) & (tx % STRIDE == 0)
@@ -116,7 +116,7 @@ def _backward_kernel(
         y = pixel % (H * W) // W
         x = pixel % W
         value = tl.zeros([R, BLOCK_C], tl.float32)
-        if POOLED:  # an odd row (or column) lies under two pooled positions
+        if POOLED:  # An odd row or column lies under two pooled positions.
             for j in tl.static_range(4):
                 py = y // 2 + j // 2
                 px = x // 2 + j % 2
@@ -147,10 +147,6 @@ def label_conv(
     pooled: bool = False,
 ) -> torch.Tensor:
     """codes int32 [N,H,W], table [k·k,L,O] of any strides -> [N,O,Ho,Wo] in channels-last memory, table's dtype."""
-    if table.dtype == torch.float64:
-        from spade_fast.ops.label_conv import label_conv_torch
-
-        return label_conv_torch(codes, table, bias, edges, kernel_size, stride, padding, pooled)
     n, h, w = codes.shape
     num_rows, width = table.shape[1:]
     h_in, w_in = _input_size(h, w, pooled)
@@ -180,11 +176,7 @@ def label_conv_backward(
     padding: int,
     pooled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dout [N,O,Ho,Wo] -> (dtable [k·k,num_rows,O], dbias [O]) in dout's dtype, by pixels sorted by label."""
-    if dout.dtype == torch.float64:
-        from spade_fast.ops.label_conv import label_conv_backward_torch
-
-        return label_conv_backward_torch(dout, codes, num_rows, edges, kernel_size, stride, padding, pooled)
+    """dout [N,O,Ho,Wo] -> (dtable [k·k,num_rows,O], dbias [O]) in dout's dtype. Pixels are sorted by label."""
     width, (ho, wo), (_, h, w), taps = dout.shape[1], dout.shape[2:], codes.shape, kernel_size * kernel_size
     dbias = dout.sum((0, 2, 3), dtype=torch.float32).to(dout.dtype)
     dtable = torch.zeros(taps, num_rows, width, dtype=torch.float32, device=dout.device)

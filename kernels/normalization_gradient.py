@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dx += x·scale + shift by channel, in place: what synchronized statistics add to the gradient, in one pass."""
+"""normalization_gradient: dx += x·scale + shift by channel, in place: the share of synchronized statistics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .common import block_channels, grid_of, on_device, pixel_tile
 
-TILE = 1024  # not tuned: the tuner runs a kernel many times on the same dx, and it would add as often
+TILE = 1024  # Not tuned: the tuner would run the kernel many times, and each run adds to dx.
 
 
 @triton.jit
@@ -38,10 +38,6 @@ def _add_kernel(
 
 def normalization_gradient(dx: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> None:
     """In place on dx; each element is read and written once."""
-    if x.dtype == torch.float64:
-        from spade_fast.ops.sync_modulation import normalization_gradient_torch
-
-        return normalization_gradient_torch(dx, x, scale, shift)
     if dx.numel() == 0:
         return None
     n, c, h, w = x.shape

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pattern_params: gamma and beta of every pattern, as a GEMM that gathers its rows, or factored; and the backward."""
+"""pattern_params: gamma and beta of every pattern, by a GEMM that gathers its rows or by the factored method."""
 
 from __future__ import annotations
-
-import importlib
 
 import torch
 import triton
@@ -11,14 +9,14 @@ import triton.language as tl
 
 from .common import autotune, on_device
 from .embedding_sum import embedding_sum
-from .segments import segment_sum
+from .segments import segment_sum, segments
 
-# What a GPU does while it moves a byte of gathered rows (H200 data sheet: about 3 TB/s out of L2 and memory; half
-# precision 500, TF32 250, fp32 40 TFLOP/s reached by a GEMM). Only these ratios matter, to choose the method.
+# Floating-point operations in the time that a byte of gathered rows takes. On an H200, by its data sheet, gathers move
+# about 3 TB/s, and a GEMM reaches 500 (half precision), 250 (TF32) or 40 TFLOP/s (fp32). Only the ratios matter.
 FLOPS_PER_BYTE = {"half": 160.0, "tf32": 80.0, "ieee": 13.0}
 
-# All with the same K step, so that the choice does not change the order of the sums. Reading the index before the row
-# takes half of the stages: five leave two or three buffers of operands.
+# All configs have the same K step, so the choice does not change the order of the sums. The index is read before the
+# row, which takes half of the stages: five stages leave two or three buffers of operands.
 _CONFIGS = [
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=5),
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=5),
@@ -73,17 +71,14 @@ _gather_gemm = autotune(_CONFIGS, key=["C", "HD", "T"])(_gather_gemm_kernel)
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """What products are taken in: as torch's own GEMMs would."""
+    """The precision of the products, the same as in torch's GEMMs."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def choose_method(num_hidden: int, num_patterns: int, taps: int, width: int, channels: int, dtype: torch.dtype) -> str:
-    """ "gather" or "factored", by counted arithmetic and moved bytes; `ops.pattern_params.forced_method` overrides."""
-    op = importlib.import_module("spade_fast.ops.pattern_params")  # the package's attribute of that name is the op
-    if op.forced_method is not None:
-        return op.forced_method
+    """The cheaper of "gather" and "factored", by counted arithmetic and moved bytes."""
     flops = 4.0 * taps * width * channels  # of one row through both weights
     moved = 2.0 * taps * channels * dtype.itemsize  # of one row of the factored table
     rate = FLOPS_PER_BYTE[_precision(dtype)]
@@ -107,10 +102,6 @@ def pattern_params(
     tap_offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """a [Q,Hd], taps int32 [P,T], weights [C,Hd,k,k] -> params [P,2C] = [gamma | beta] in a's dtype."""
-    if a.dtype == torch.float64:
-        from spade_fast.ops.pattern_params import pattern_params_torch
-
-        return pattern_params_torch(a, taps, w_gamma, b_gamma, w_beta, b_beta, tap_order, tap_offsets)
     (q, width), (p, t), c = a.shape, taps.shape, w_gamma.shape[0]
     out = torch.empty(p, 2 * c, dtype=a.dtype, device=a.device)
     if out.numel() == 0:
@@ -142,15 +133,11 @@ def pattern_params_backward(
     tap_offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(da, dw_gamma, db_gamma, dw_beta, db_beta): sums of dparams by (hidden row, tap), then two GEMMs."""
-    from spade_fast.ops.pattern_params import pattern_params_backward_torch, tap_segments
-
-    if a.dtype == torch.float64:
-        return pattern_params_backward_torch(dparams, a, taps, w_gamma, w_beta, tap_order, tap_offsets)
     (q, width), (_, t), (c, _, k, _) = a.shape, taps.shape, w_gamma.shape
-    if tap_order is None or tap_offsets is None:
-        tap_order, tap_offsets = tap_segments(taps, q)
     keys = torch.where(taps < 0, -1, taps * t + torch.arange(t, dtype=taps.dtype, device=taps.device))
-    # [Q, T·2C], of every (hidden row, tap) the sum of the dparams it had a part in
+    if tap_order is None or tap_offsets is None:
+        tap_order, tap_offsets = segments(keys, q * t)
+    # [Q, T·2C]: for each hidden row and tap, the sum of dparams of the patterns that use it.
     sums = segment_sum(dparams, keys.view(-1), tap_order, tap_offsets, per_row=t, dtype=a.dtype).view(q, t * 2 * c)
     merged = torch.cat([_matrix(w_gamma, a.dtype), _matrix(w_beta, a.dtype)]).transpose(0, 1).reshape(t * 2 * c, width)
     da = torch.mm(sums, merged)

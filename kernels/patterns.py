@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""patterns: distinct k×k patches of label maps on the GPU: hash, sort, and a check of every patch against its find."""
+"""patterns: the distinct k×k patches of label maps. Patches are hashed, sorted, and compared with their pattern."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .segments import segments
 __all__ = ["patterns", "segments"]
 
 BLOCK = 256
-HASH_BITS = 63  # of a key; fewer only to force collisions in tests
+HASH_BITS = 63  # Bits of a key. Tests force collisions with fewer.
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _hash_kernel(
 def _verify_kernel(
     codes,  # int32 [N, H, W]
     count, H, W,
-    chosen,  # int64 [N H W]: the pixel whose patch each pixel's is said to equal
+    chosen,  # int64 [N H W]: for each pixel, one whose patch has the same hash
     wrong,  # int32 [N H W]
     K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _launch(kernel, codes: torch.Tensor, *args: torch.Tensor | int, k: int) -> N
 
 
 def _first_equal(keys: torch.Tensor) -> torch.Tensor:
-    """For every position the first position with the same key. No host synchronization."""
+    """For each position, the first position with the same key. The host does not wait."""
     ordered, order = torch.sort(keys, stable=True)
     fresh = torch.ones_like(ordered, dtype=torch.bool)
     torch.ne(ordered[1:], ordered[:-1], out=fresh[1:])
@@ -107,7 +107,7 @@ def _first_equal(keys: torch.Tensor) -> torch.Tensor:
 
 
 def _first_equal_exact(codes: torch.Tensor, k: int) -> torch.Tensor:
-    """The same by sorting whole patches: slow, for when two different patches got one hash."""
+    """The same by sorting whole patches. It is slow, and needed only when two patches have one hash."""
     count, pixel = codes.numel(), torch.arange(codes.numel(), device=codes.device)
     rows = torch.empty(count, k * k, dtype=torch.int32, device=codes.device)
     _launch(_taps_kernel, codes, pixel, rows, k=k)
@@ -117,13 +117,13 @@ def _first_equal_exact(codes: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _number(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(is the pixel its patch's first, the patch's number by first appearance), for every pixel."""
+    """For each pixel: whether its patch appears here first, and the patch's number by first appearance."""
     first = chosen == torch.arange(chosen.numel(), device=chosen.device)
     return first, (first.cumsum(0) - 1)[chosen]
 
 
 def patterns(codes: torch.Tensor, kernel_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """codes int32 [N,H,W] -> ids int32 [N,H,W], taps int32 [U,k·k], counts int64 [N]. One read by the host, of U."""
+    """codes int32 [N,H,W] -> ids int32 [N,H,W], taps int32 [U,k·k], counts int64 [N]. The host reads U."""
     n, k = codes.shape[0], kernel_size
     if codes.numel() == 0:
         taps = torch.empty(0, k * k, dtype=torch.int32, device=codes.device)
@@ -136,7 +136,7 @@ def patterns(codes: torch.Tensor, kernel_size: int) -> tuple[torch.Tensor, torch
 
 
 def finish(codes: torch.Tensor, keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rest of patterns(), from keys [N·H·W]: equal for equal patches, nearly always different for others."""
+    """The second half of patterns(). keys [N·H·W]: equal patches have equal keys, and others nearly never have."""
     chosen = _first_equal(keys)
     wrong = torch.empty(codes.numel(), dtype=torch.int32, device=codes.device)
     _launch(_verify_kernel, codes, chosen, wrong, k=k)

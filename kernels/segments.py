@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums of rows by segment, balanced and deterministic: the backward of every gather.
 
-Positions are sorted by segment (CSR: `order`, `offsets`). A program takes CHUNK consecutive sorted positions whatever
-the lengths of their segments. Segments that lie inside a chunk are finished there; a chunk's first and last may reach
-beyond it, so their parts go to a scratch buffer [chunks, 2 (head, tail), width], and a second kernel adds the parts
-of each such segment in order. No atomics: bitwise equal from run to run.
+Positions are sorted by segment, as `order` and `offsets`. A program takes CHUNK consecutive sorted positions, whatever
+the lengths of their segments. A segment inside a chunk is finished there. The first and the last segment of a chunk may
+reach beyond it: their parts go to a scratch buffer [chunks, 2 (head, tail), width], and a second kernel adds the parts
+of a segment in order. There are no atomics, so results are bitwise equal from run to run.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import triton.language as tl
 
 from .common import on_device
 
-ELEMENTS = 1024  # of the tiles a program of one warp has in flight
+ELEMENTS = 1024  # Elements of all tiles that a program of one warp holds at once.
 
 
-def segments(ids: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of `ids` (any shape, int32, < num) sorted by id, stably: (order int32 [numel], offsets int32 [num+1]).
+def segments(keys: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of keys (any shape, int32, < num) sorted by key, stably: (order int32 [numel], offsets int32 [num+1]).
 
-    Negative ids come first and belong to no segment: offsets[0] is their number.
+    Negative keys come first and belong to no segment: offsets[0] is their number.
     """
-    if ids.numel() >= 2**31:
-        raise ValueError(f"segments: ids must have fewer than 2**31 elements, got {ids.numel()}")
-    ordered, order = torch.sort(ids.reshape(-1), stable=True)
-    edges = torch.arange(num + 1, device=ids.device, dtype=ordered.dtype)
+    if keys.numel() >= 2**31:
+        raise ValueError(f"segments: keys must have fewer than 2**31 elements, got {keys.numel()}")
+    ordered, order = torch.sort(keys.reshape(-1), stable=True)
+    edges = torch.arange(num + 1, device=keys.device, dtype=ordered.dtype)
     return order.int(), torch.searchsorted(ordered, edges, out_int32=True)
 
 
 def chunk_of(total: int) -> int:
-    """Sorted positions a program sums: few for small problems (parallelism), many for large (little scratch)."""
+    """Sorted positions of a program: few in small problems, to fill the GPU; many in large ones, to save scratch."""
     return 256 if total >= 1 << 17 else 64
 
 
 def tile_rows(block: int, tensors: int = 1) -> int:
-    """Sorted positions in a tile of `block` columns, when so many such tiles are alive at once; at most a chunk."""
+    """Sorted positions in a tile of `block` columns, at most a chunk. tensors: tiles that are alive at once."""
     return max(1, min(64, ELEMENTS // (block * tensors)))
 
 
@@ -47,9 +47,10 @@ def _segmented_add(a_head, a_sum, b_head, b_sum):
 
 @triton.jit
 def segment_rows(i, order, keys, offsets, total, chunk, CHUNK: tl.constexpr):
-    """For sorted positions i [R]: entry, key, whether it counts, starts, ends (in this chunk), and where its sum goes.
+    """What segment_add needs of sorted positions i [R].
 
-    `slot` is -1 when the whole segment lies in the chunk, else its row of the scratch buffer.
+    Returns entry, key, whether it belongs to a segment, whether the segment starts here, whether it ends here or with
+    the chunk, and slot: the sum's row in the scratch buffer, or -1 if the whole segment lies in the chunk.
     """
     inside = i < total
     entry = tl.load(order + i, mask=inside, other=0)
@@ -77,13 +78,13 @@ def segment_add(
     width, cols, col_mask,
     R: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile to the running sum, stores the segments that end in it, returns the new running sum."""
+    """Adds a tile to the running sum, stores the sums of segments that end in it, and returns the new running sum."""
     if tl.max(head, 0) > 0:
         flags = tl.broadcast_to(head[:, None], value.shape)
         seen, sums = tl.associative_scan((flags, value), 0, _segmented_add)
         sums += tl.where(seen == 0, carry[None, :], 0.0)
         carry = tl.sum(tl.where(rows[:, None] == R - 1, sums, 0.0), 0)
-    else:  # inside one long segment: the common case by pixels
+    else:  # The tile lies in one long segment, which is the common case by pixels.
         carry = carry + tl.sum(value, 0)
         sums = tl.zeros_like(value) + carry[None, :]
     if tl.max(end.to(tl.int32), 0) > 0:
@@ -99,9 +100,11 @@ def _combine_kernel(
     order, keys, offsets, scratch, out, total, width, segment_count,
     CHUNK: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The program of the chunk a segment starts in adds its parts, if it goes on into later chunks."""
+    """Adds the parts of a segment that reaches into later chunks, in the program of the chunk where it starts."""
     chunk = tl.program_id(0)
-    layer = tl.program_id(2).to(tl.int64)  # sums over the same segments, one after another in out and scratch
+    layer = tl.program_id(2).to(
+        tl.int64
+    )  # Layers are sums over the same segments, one after another in out and scratch.
     out += layer * segment_count * width
     scratch += layer * (2 * tl.num_programs(0)) * width
     chunk_lo = chunk * CHUNK
@@ -124,7 +127,7 @@ def _combine_kernel(
 
 
 def combine(order, keys, offsets, scratch, out, width: int, chunk: int, layers: int = 1) -> None:
-    """Second half of segmented sums: out [layers, S, width], scratch [layers, chunks, 2, width] by segment_add."""
+    """Adds parts of segments: out [layers, S, width] and scratch [layers, chunks, 2, width] come from segment_add."""
     total, num = keys.numel(), offsets.numel() - 1
     chunks = triton.cdiv(total, chunk)
     if chunks > 1:
@@ -174,7 +177,7 @@ def segment_sum(
     src [rows, width]; keys int32 [rows * per_row], negative = nowhere; (order, offsets) = segments(keys, S).
     """
     total, width, num = keys.numel(), src.shape[1], offsets.numel() - 1
-    out = torch.zeros(num, width, dtype=dtype, device=src.device)  # segments without entries are written by nobody
+    out = torch.zeros(num, width, dtype=dtype, device=src.device)  # No program writes a segment without entries.
     if total == 0 or width == 0 or num == 0:
         return out
     if src.stride(1) != 1:

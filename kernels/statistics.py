@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean and sum of squared deviations (M2), per channel or per sample and channel, in fp32.
+"""statistics: the mean and the sum of squared deviations (M2) of each channel, or of each sample and channel, in fp32.
 
-Each lane of a [pixels, channels] tile keeps Welford's running mean and M2 over the pixels it meets; the lanes, then
-the programs, are merged by M2 = Σ m2_i + Σ n_i (mean_i - mean)² (Chan et al. 1979) in a fixed order: deterministic, and
-accurate whatever the ratio of mean to deviation.
+Each lane of a [pixels, channels] tile keeps Welford's running mean and M2 of its pixels. The lanes and then the
+programs are merged by M2 = Σ m2_i + Σ n_i (mean_i - mean)² (Chan et al. 1979). The order is fixed, so the result is
+deterministic. It is accurate whatever the ratio of mean to deviation.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def _partial_kernel(
         v = tl.load(x + at[:, None] + col_at[None, :], mask=valid[:, None] & col_mask[None, :], other=0.0)
         v = v.to(tl.float32)
         seen += 1.0
-        # lanes outside keep what they have: only the last step has such lanes, so `seen` counts for all others
+        # Lanes outside keep their values. Only the last step has such lanes, so `seen` is right for all others.
         delta = tl.where(valid[:, None], v - mean, 0.0)
         mean += delta * (1.0 / seen)
         m2 += delta * (v - mean)
     count = ((tl.maximum(hi - lo - rows, 0) + R - 1) // R).to(tl.float32)[:, None]
     total = (hi - lo).to(tl.float32)
     center = tl.sum(count * mean, 0) / total
-    # once more about the result: a mean much larger than the deviation loses the digits of the first sum's rounding
+    # The deviations from the first result are averaged too: they repair its rounding where the mean is large.
     center += tl.sum(tl.where(count > 0, count * (mean - center[None, :]), 0.0), 0) / total
     delta = tl.where(count > 0, mean - center[None, :], 0.0)
     at = pid.to(tl.int64) * C + cols
@@ -70,7 +70,7 @@ def _merge_kernel(
     rows = tl.arange(0, R)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     col_mask = cols < C
-    total = (parts // splits) * 1.0 * HW  # not .to(): an argument equal to 1 is a constant in the kernel
+    total = (parts // splits) * 1.0 * HW  # Not .to(): an argument equal to 1 is a constant in the kernel.
     acc = tl.zeros([R, BLOCK_C], tl.float32)
     for start in range(0, parts, R):
         k = start + rows
@@ -89,7 +89,7 @@ def _merge_kernel(
         delta = tl.load(part_mean + at, mask=mask, other=0.0) - mean[None, :]
         acc += tl.where(mask, tl.load(part_m2 + at, mask=mask, other=0.0) + count * delta * delta, 0.0)
         shift += tl.where(mask, count / total * delta, 0.0)
-    rest = tl.sum(shift, 0)  # rounding of the first pass's mean
+    rest = tl.sum(shift, 0)  # The rounding error of the first pass's mean.
     at = group.to(tl.int64) * C + cols
     tl.store(mean_out + at, mean + rest, mask=col_mask)
     tl.store(m2_out + at, tl.maximum(tl.sum(acc, 0) - total * rest * rest, 0.0), mask=col_mask)
@@ -97,10 +97,6 @@ def _merge_kernel(
 
 def statistics(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """x [N,C,H,W] -> (mean, m2), fp32 [G,C], G = N if per_sample else 1."""
-    if x.dtype == torch.float64:
-        from spade_fast.ops.statistics import statistics_torch
-
-        return statistics_torch(x, per_sample)
     n, c, h, w = x.shape
     hw, groups = h * w, n if per_sample else 1
     if x.numel() == 0:
@@ -110,7 +106,7 @@ def statistics(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.T
     block = block_channels(c, x.stride(1))
     rows = TILE // block
     blocks = triton.cdiv(c, block)
-    # About a thousand programs, each with several tiles: the parts stay few and the grid full.
+    # About a thousand programs with several tiles each fill the GPU and leave few parts.
     splits = min(triton.cdiv(1024, n * blocks), triton.cdiv(hw, 4 * rows))
     span = triton.cdiv(triton.cdiv(hw, splits), rows) * rows
     splits = triton.cdiv(hw, span)

@@ -69,6 +69,14 @@ def test_nothing_imports_from_above(module):
     assert not above, f"{module} imports {above}"
 
 
+def test_kernels_import_only_kernels():
+    """The Triton kernels serve the operations, so not even a call may import one by its name."""
+    for module in (module for module in MODULES if room(module) == "kernels"):
+        assert all(room(name) == "kernels" for name in imports(module)), module
+        source = MODULES[module].read_text()
+        assert "import_module" not in source and "torch.ops.spade_fast" not in source, module
+
+
 def test_no_circle():
     remaining = {module: imports(module) for module in MODULES}
     while free := [module for module, needs in remaining.items() if not needs & remaining.keys()]:

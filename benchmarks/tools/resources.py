@@ -109,7 +109,8 @@ def cases(thorough: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     import torch
     from spade_fast.kernels.embedding_sum import embedding_sum, embedding_sum_backward
     from spade_fast.kernels.label_conv import label_conv, label_conv_backward
-    from spade_fast.kernels.modulation import modulation, modulation_backward
+    from spade_fast.kernels.modulation import modulation
+    from spade_fast.kernels.modulation_backward import modulation_backward
     from spade_fast.kernels.normalization_gradient import normalization_gradient
     from spade_fast.kernels.pattern_params import _gather_gemm, pattern_params
     from spade_fast.kernels.patterns import finish, patterns

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registration of the operations as torch.ops.spade_fast.*, and the few helpers their torch backends share."""
+"""Registers the operations as torch.ops.spade_fast.*, and holds what their torch implementations share."""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,21 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 def register(
     schema: str, torch_function: Callable, fake: Callable, *, module: str | None = None, device_argument: int = 0
 ) -> Callable:
-    """Defines the op of `schema` for CPU and CUDA; each call goes to the backend chosen for its device.
+    """Defines an op whose calls go to the backend chosen for their device.
 
-    device_argument: position of the tensor (or list of tensors) whose device decides.
+    Args:
+        schema: name and arguments, as torch.library takes them.
+        torch_function: the implementation of backend torch.
+        fake: gives outputs without values, for torch.compile.
+        module: file in spade_fast.kernels with the Triton implementation; by default it has the op's name.
+        device_argument: position of the argument whose device decides, a tensor or a list of tensors.
+
+    Returns:
+        The op.
     """
     name = schema.partition("(")[0]
 
-    def dispatch(*args):
+    def dispatch(*args: Any) -> Any:
         decides = args[device_argument]
         device = decides.device if isinstance(decides, Tensor) else decides[0].device
         return _backend.implementation(name, torch_function, device, module)(*args)
@@ -38,7 +47,7 @@ def register(
 
 
 def register_composed(schema: str, function: Callable, fake: Callable) -> Callable:
-    """Defines an op which is made of others, the same for every backend, but has a gradient of its own."""
+    """Defines an op that calls other ops and has its own gradient. Every backend runs the same function."""
     name = schema.partition("(")[0]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
@@ -48,30 +57,46 @@ def register_composed(schema: str, function: Callable, fake: Callable) -> Callab
 
 
 def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Gives the op `name` a gradient; the functions are those of torch.library.register_autograd."""
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def gradients(
     function: Callable, inputs: Sequence[Tensor], douts: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients of function(*inputs) for upstream gradients douts, differentiable in inputs and douts.
+    """The gradients of function(*inputs), which can themselves be differentiated in inputs and douts.
 
-    function is made of operations that can be differentiated twice. needed: an entry an input.
+    Args:
+        function: made of operations that can be differentiated twice.
+        inputs: its arguments.
+        douts: the gradient of each of its outputs.
+        needed: which inputs get a gradient.
+
+    Returns:
+        A gradient for each input, or None.
     """
     with torch.enable_grad():
-        # Of one input, others may be functions: derivatives stop at these views.
+        # One input may have been computed from another: the derivatives stop at these views.
         views = [t.view_as(t) for t in inputs]
         outs = function(*views)
         wanted = [v for v, need in zip(views, needed, strict=True) if need]
         outs = [outs] if isinstance(outs, Tensor) else outs
-        found = iter(torch.autograd.grad(outs, wanted, douts, create_graph=True, allow_unused=True) if wanted else ())
-    return [next(found) if need else None for need in needed]
+        found: Sequence[Tensor | None] = ()
+        if wanted:
+            found = torch.autograd.grad(outs, wanted, douts, create_graph=True, allow_unused=True)
+    remaining = iter(found)
+    return [next(remaining) if need else None for need in needed]
 
 
 def register_first_order_only(name: str, of: str) -> None:
-    """Makes differentiating the backward op `name` fail with the forward op's name."""
+    """Makes the second derivative of an op raise an error.
 
-    def backward(ctx, *grads):
+    Args:
+        name: the op that has no derivative.
+        of: the forward op, which the error names.
+    """
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             f"{NAMESPACE}::{of} can be differentiated once only: its backward ({name}) has no derivative; "
             "for a gradient penalty build the layer as spade_fast.reference.SPADE, or the generator with "
@@ -82,12 +107,12 @@ def register_first_order_only(name: str, of: str) -> None:
 
 
 def register_autocast(name: str, cast: Callable) -> None:
-    """Under autocast, the op runs on `cast(dtype, args)` instead of args."""
+    """Makes the op run on `cast(dtype, args)` under autocast to dtype."""
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     for device in ("cpu", "cuda"):
         key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
 
-        def run(*args, _device=device, _key=key):
+        def run(*args: Any, _device: str = device, _key: torch._C.DispatchKey = key) -> Any:
             dtype = torch.get_autocast_dtype(_device)
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_key)):
                 return op(*cast(dtype, args))
@@ -96,23 +121,23 @@ def register_autocast(name: str, cast: Callable) -> None:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 (so gradcheck means something), float32 for everything else."""
+    """The dtype of sums: float64 for float64 tensors, which gradcheck needs, and float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The layout an output shaped like x [N, C, H, W] takes: channels-last when x's channels are adjacent."""
+    """The memory format of outputs: channels-last if the channels of x [N, C, H, W] are adjacent, else contiguous."""
     return torch.channels_last if x.shape[1] > 1 and x.stride(1) == 1 else torch.contiguous_format
 
 
 _scratch = threading.local()
-_SCRATCH_BYTES = 2**27  # the most that is kept between calls
+_SCRATCH_BYTES = 2**27  # Larger memory is not kept between calls.
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialized memory for use within one call of one op; not for anything that is returned or saved.
+    """Uninitialized memory for one call of one op. The op must not return or save it.
 
-    On a CPU it is the same memory from call to call: touching fresh pages costs more than the arithmetic on them.
+    On a CPU all calls of a thread share this memory: touching fresh pages costs more than the arithmetic on them.
     """
     size = math.prod(shape)
     if device.type != "cpu" or size * dtype.itemsize > _SCRATCH_BYTES or torch.are_deterministic_algorithms_enabled():

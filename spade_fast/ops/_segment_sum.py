@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of rows over segments, by torch's own operations."""
+"""Sums of rows over segments, by operations of torch."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
 def bag_sum(rows: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sums of rows [R, D] over bags: out[b] = sum of rows[indices[offsets[b]:offsets[b + 1]]] -> [B, D].
+    """Sums rows over bags: out[b] = sum of rows[indices[offsets[b]:offsets[b + 1]]]. Deterministic.
 
-    weights: a factor per index, or None. offsets has B + 1 entries, the first 0; indices and offsets are int32 or
-    int64, alike. Deterministic: a bag is summed in order.
+    Args:
+        rows: [R, D].
+        indices: rows of all bags, int32 or int64.
+        offsets: [B + 1], of the dtype of indices; the first is 0.
+        weights: a factor for each index, or None.
+
+    Returns:
+        [B, D].
     """
     bags = offsets.numel() - 1
     if bags <= 0 or rows.shape[0] == 0 or indices.numel() == 0:
@@ -19,37 +27,54 @@ def bag_sum(rows: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor | No
     return torch.ops.aten._embedding_bag_forward_only(rows, indices, offsets, False, 0, False, weights, True)[0]
 
 
-LONGEST_BAG = 256  # rows summed in sequence; longer segments are summed in pieces, which is balanced and more accurate
+# Longer segments are summed in pieces of this many rows: that balances the work and rounds less.
+LONGEST_BAG = 256
 
 
-def segment_plan(order: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
-    """What `segment_sum` works out from order and offsets alone: (order, cuts, bags, entries left out of order, bags
-    left out of the result)."""
+class SegmentPlan(NamedTuple):
+    """What `segment_sum` computes from order and offsets alone."""
+
+    order: Tensor  # without the entries before the first segment, on a CPU
+    cuts: Tensor  # offsets of the pieces
+    bags: Tensor | None  # offsets of the segments among the pieces; None: each segment is one piece
+    left_out: int  # entries removed from the start of order
+    skipped: int  # rows of the sums that belong to no segment
+
+
+def segment_plan(order: Tensor, offsets: Tensor) -> SegmentPlan:
+    """The plan of `segment_sum` for (order, offsets)."""
     left_out = skipped = 0
     if order.device.type == "cpu":
         left_out = int(offsets[0]) if order.numel() else 0
         if left_out:
             order, offsets = order[left_out:], offsets - left_out
-    else:  # no host synchronization: an extra bag takes what comes before
+    else:  # An extra bag takes the entries before the first segment, so the host need not read their number.
         offsets = torch.cat([torch.zeros_like(offsets[:1]), offsets])
         skipped = 1
     if order.numel() <= LONGEST_BAG:
-        return order, offsets, None, left_out, skipped
-    # Cut at every multiple of LONGEST_BAG too: the number of pieces is known without looking at the offsets.
+        return SegmentPlan(order, offsets, None, left_out, skipped)
+    # There is a cut at every multiple of LONGEST_BAG too, so the number of pieces does not depend on the offsets.
     multiples = torch.arange(0, order.numel(), LONGEST_BAG, dtype=offsets.dtype, device=offsets.device)
     cuts = torch.cat([offsets, multiples]).sort()[0]
     bags = torch.searchsorted(cuts, offsets, out_int32=offsets.dtype == torch.int32)
-    bags[-1:].fill_(cuts.numel() - 1)  # empty segments at the end repeat the last cut
-    return order, cuts, bags, left_out, skipped
+    bags[-1:].fill_(cuts.numel() - 1)  # Empty segments at the end repeat the last cut.
+    return SegmentPlan(order, cuts, bags, left_out, skipped)
 
 
 def segment_sum(
-    rows: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None = None, plan: tuple | None = None
+    rows: Tensor, order: Tensor, offsets: Tensor, weights: Tensor | None = None, plan: SegmentPlan | None = None
 ) -> Tensor:
-    """out[s] = sum of rows[order[offsets[s]:offsets[s + 1]]], for segments of any length -> [S, D]. Deterministic.
+    """Sums rows over segments of any length: out[s] = sum of rows[order[offsets[s]:offsets[s + 1]]]. Deterministic.
 
-    offsets may start above 0 (what comes before belongs to no segment) and end at order.numel(). weights: a factor per
-    entry of order, or None. plan: `segment_plan(order, offsets)` if it is at hand.
+    Args:
+        rows: [R, D].
+        order: rows of all segments.
+        offsets: [S + 1]. Entries of order before the first offset belong to no segment. The last is order.numel().
+        weights: a factor for each entry of order, or None.
+        plan: `segment_plan(order, offsets)`, if the caller has it.
+
+    Returns:
+        [S, D].
     """
     if offsets.numel() <= 1 or order.numel() == 0:
         return bag_sum(rows, order, offsets)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""label_conv: the convolution of a one-hot label map (+ edge channel) as a gather, without the one-hot map."""
+"""label_conv: the convolution of a one-hot label map and its edges, without the one-hot map."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ def _output_size(size: int, kernel_size: int, stride: int, padding: int, pooled:
 
 
 def _windows(codes: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
-    """Codes under each tap at each output position: [N, h, w, k, k], -1 outside the image."""
+    """The codes under each tap at each output position: [N, h, w, k, k], -1 outside the image."""
     padded = F.pad(codes, (padding,) * 4, value=OUTSIDE)
     return padded.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride)
 
@@ -29,14 +31,17 @@ def _windows(codes: Tensor, kernel_size: int, stride: int, padding: int) -> Tens
 def _gather_plan(
     codes: Tensor, num_rows: int, edges: bool, kernel_size: int, stride: int, padding: int, pooled: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(numbers [B, columns], divisors [B, columns] or None): B = N·Ho·Wo sums of (divided) rows of the table."""
+    """The table rows of each output position, and the divisor of each: [B, columns], B = N·Ho·Wo.
+
+    The divisors are None unless pooled.
+    """
     taps = kernel_size * kernel_size
     if not pooled:
         windows = _windows(codes, kernel_size, stride, padding).reshape(-1, taps)
         return row_numbers(windows, num_rows, edges), None
     pool = _windows(codes, _POOL, 2, 1)  # [N, hp, wp, 3, 3]
     n, hp, wp = pool.shape[:3]
-    present = (pool >= 0).sum((3, 4))  # pixels under each pooling window
+    present = (pool >= 0).sum((3, 4))  # [N, hp, wp] pixels in each pooling window
     position = torch.arange(n * hp * wp, dtype=torch.int32, device=codes.device).view(n, hp, wp)
     window = _windows(position, kernel_size, stride, padding).reshape(-1, taps)  # [B, T] pooled positions
     inside = (window >= 0).unsqueeze(2)
@@ -44,10 +49,9 @@ def _gather_plan(
     under = pool.reshape(n * hp * wp, -1)[window]  # [B, T, 9]
     under = torch.where(inside, under, OUTSIDE)
     present = present.view(-1)[window]
-    # All nine codes of a tap use that tap's rows: make them columns of their own, one tap after another.
+    # The nine codes of a tap all use the rows of that tap: each gets columns of its own.
     columns = [row_numbers(under[:, :, i].contiguous(), num_rows, edges) for i in range(under.shape[2])]
     repeats = 2 if edges else 1
-
     return torch.cat(columns, 1), present.repeat(1, repeats * under.shape[2])
 
 
@@ -70,7 +74,7 @@ def label_conv_torch(
         return out
     rows = table.reshape(taps * num_rows, width).to(acc)
     plan = (num_rows, edges, kernel_size, stride, padding, pooled)
-    for i in range(n):  # by image: the lists of row numbers are larger than the map
+    for i in range(n):  # One image at a time: the row numbers take more memory than the map.
         numbers, divisors = _gather_plan(codes[i : i + 1], *plan)
         sums = sum_rows(rows, numbers, None if divisors is None else 1 / divisors.to(acc))
         if bias is not None:
@@ -79,7 +83,16 @@ def label_conv_torch(
     return out
 
 
-def _label_conv_fake(codes, table, bias, edges, kernel_size, stride, padding, pooled=False):
+def _label_conv_fake(
+    codes: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    edges: bool,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    pooled: bool = False,
+) -> Tensor:
     n, h, w = codes.shape
     ho, wo = (_output_size(s, kernel_size, stride, padding, pooled) for s in (h, w))
     shape = (n, table.shape[2], ho, wo)
@@ -113,7 +126,16 @@ def label_conv_backward_torch(
     return dtable.view(taps, num_rows, width).to(dout.dtype), dbias.to(dout.dtype)
 
 
-def _label_conv_backward_fake(dout, codes, num_rows, edges, kernel_size, stride, padding, pooled=False):
+def _label_conv_backward_fake(
+    dout: Tensor,
+    codes: Tensor,
+    num_rows: int,
+    edges: bool,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    pooled: bool = False,
+) -> tuple[Tensor, Tensor]:
     return dout.new_empty((kernel_size * kernel_size, num_rows, dout.shape[1])), dout.new_empty((dout.shape[1],))
 
 
@@ -132,31 +154,31 @@ _label_conv_backward = _register.register(
 )
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     codes, table, bias, *ctx.options = inputs
     ctx.num_rows, ctx.has_bias = table.shape[1], bias is not None
     ctx.save_for_backward(codes)
 
 
-def _backward(ctx, dout: Tensor) -> tuple:
+def _backward(ctx: Any, dout: Tensor) -> tuple:
     edges, *options = ctx.options
     dtable, dbias = _label_conv_backward(dout, *ctx.saved_tensors, ctx.num_rows, edges, *options)
     return None, dtable, dbias if ctx.has_bias else None, None, None, None, None, None
 
 
-def _setup_backward(ctx, inputs, output) -> None:
+def _setup_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _, codes, *ctx.options = inputs
     ctx.shape, ctx.dtype = output[0].shape, output[0].dtype
     ctx.save_for_backward(codes)
 
 
-def _second_backward(ctx, g_table: Tensor | None, g_bias: Tensor | None) -> tuple:
-    """label_conv_backward is linear in dout, and its transpose is label_conv."""
+def _second_backward(ctx: Any, d_dtable: Tensor | None, d_dbias: Tensor | None) -> tuple:
+    """label_conv_backward is linear in dout. Its transpose is label_conv."""
     (codes,) = ctx.saved_tensors
-    if g_table is None:
-        g_table = torch.zeros(ctx.shape, dtype=ctx.dtype, device=codes.device)
+    if d_dtable is None:
+        d_dtable = torch.zeros(ctx.shape, dtype=ctx.dtype, device=codes.device)
     _, *options = ctx.options
-    return _label_conv(codes, g_table, g_bias, *options), *(None for _ in range(7))
+    return _label_conv(codes, d_dtable, d_dbias, *options), *(None for _ in range(7))
 
 
 def _cast(dtype: torch.dtype, args: tuple) -> tuple:
@@ -178,11 +200,24 @@ def label_conv(
     padding: int = 0,
     pooled: bool = False,
 ) -> Tensor:
-    """conv2d(one_hot(codes), weight, bias, stride, padding) -> [N, O, Ho, Wo] in channels-last memory.
+    """``conv2d(one_hot(codes), weight, bias, stride, padding)``, computed from the codes. Deterministic.
 
-    codes: [N, H, W] int32, read as `embedding_sum` reads them. table: [k·k, L, O], the weight [O, L, k, k] as
-    weight.permute(2, 3, 1, 0).reshape(k·k, L, O). pooled: convolve avg_pool2d(one_hot, 3, stride=2, padding=1,
-    count_include_pad=False) instead, exactly (each tap is a mean over at most nine codes). Backward is deterministic.
+    Args:
+        codes: [N, H, W] int32, read as `embedding_sum` reads them.
+        table: [k·k, L, O], ``weight.permute(2, 3, 1, 0).reshape(k * k, L, O)`` of the weight [O, L, k, k].
+        bias: [O] or None.
+        edges: how to read codes.
+        kernel_size: k.
+        stride: of the convolution.
+        padding: of the convolution.
+        pooled: whether ``avg_pool2d(one_hot, 3, stride=2, padding=1, count_include_pad=False)`` is convolved instead.
+            Each tap is then a mean over at most nine codes.
+
+    Returns:
+        [N, O, Ho, Wo] in channels-last memory, in table's dtype.
+
+    Raises:
+        ValueError: codes or table has a wrong shape, or the kernel is larger than the padded map.
     """
     if codes.dim() != 3 or table.dim() != 3 or table.shape[0] != kernel_size**2:
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""normalization_gradient: adds what the statistics contribute to dx, in place."""
+"""normalization_gradient: dx += x * scale + shift by channel, in place: the share of synchronized statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def normalization_gradient_torch(dx: Tensor, x: Tensor, scale: Tensor, shift: Te
     if dx.device.type != "cpu":
         dx.copy_(torch.addcmul(dx + shift, x, scale))
         return
-    rows = max(1, 2**19 // max(1, dx[0, :, 0].numel()))  # what is handled at once stays in cache
+    rows = max(1, 2**19 // max(1, dx[0, :, 0].numel()))  # The rows of one step stay in cache.
     for image, source in zip(dx, x, strict=True):
         for start in range(0, dx.shape[2], rows):
             block, values = image[None, :, start : start + rows], source[None, :, start : start + rows]

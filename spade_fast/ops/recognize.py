@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spade_fast.ops import _register
 
-# What views of the wide unsigned dtypes, which few operations take, keep: which elements are 0, and which are 1.
+# Few operations take the wide unsigned dtypes. A signed view keeps which elements are 0 and which are 1.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
@@ -32,18 +32,19 @@ def recognize_torch(segmap: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int32), torch.where(binary, kind, 0).to(torch.int32)
 
 
-# How many channels hold a 1 and the sum of their numbers, at each pixel [N, H, W] int32; whether all values are 0 or 1.
+# At each pixel [N, H, W] int32, the number of channels that hold a 1 and the sum of their numbers. Then [] bool,
+# whether all values are 0 or 1.
 _Counted = tuple[Tensor, Tensor, Tensor]
 
 
 def _count_nonzero(segmap: Tensor, order: list[int]) -> _Counted | None:
-    """From the few elements of a dense map that are not 0. None: the map is not one-hot.
+    """Counts the elements of a dense map that are not 0. Returns None if the map is not one-hot.
 
     order: the dimensions in the order of memory.
     """
     n, _, h, w = segmap.shape
     flat = segmap.permute(order).reshape(-1)
-    if torch.count_nonzero(flat) > 2 * n * h * w:  # more than a label and an edge a pixel
+    if torch.count_nonzero(flat) > 2 * n * h * w:  # A pixel has at most a label and an edge.
         return None
     where = flat.nonzero().squeeze(1)
     if not (flat[where] == 1).all():
@@ -59,7 +60,7 @@ def _count_nonzero(segmap: Tensor, order: list[int]) -> _Counted | None:
 
 
 def _count_planes(segmap: Tensor) -> _Counted | None:
-    """From one channel after the other: little memory, whatever the layout. None: some value is neither 0 nor 1."""
+    """Counts channel by channel, which needs little memory in any layout. Returns None if a value is not 0 or 1."""
     n, _, h, w = segmap.shape
     count = torch.zeros(n, h, w, dtype=torch.int32, device=segmap.device)
     label = torch.zeros_like(count)
@@ -83,13 +84,24 @@ _recognize = _register.register("recognize(Tensor segmap) -> (Tensor, Tensor)", 
 
 
 def recognize(segmap: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether segmap [N, L, H, W] is exactly one-hot, and the codes [N, H, W] int32 that say the same.
+    """Tells whether a map is exactly one-hot, and converts it to codes. The host does not wait for the device.
 
-    Returns codes and kind [], int32. kind is 1 for a one-hot map: codes are labels, L where all channels are 0. kind
-    is 2 for a map which is one-hot but for 0/1 edges in the last channel: codes are 2·label + edge, with label L - 1
-    where all other channels are 0. kind is 0 for any other map: codes mean nothing. Any real dtype and strides;
-    nothing waits for the device.
+    Args:
+        segmap: [N, L, H, W], any real dtype and strides.
+
+    Returns:
+        codes [N, H, W] int32, and kind [] int32:
+
+        - kind 1: the map is one-hot. Codes are labels, and L where all channels are 0.
+        - kind 2: the last channel holds 0/1 edges and the others are one-hot. Codes are 2·label + edge; the label is
+          L - 1 where all other channels are 0.
+        - kind 0: any other map. Codes mean nothing.
+
+    Example:
+        >>> codes, kind = recognize(torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]]))
+        >>> codes.tolist(), kind.item()
+        ([[[0, 1]]], 1)
     """
     if segmap.is_floating_point() and segmap.element_size() == 1:
-        segmap = segmap.to(torch.float16)  # has every value of 8 bits, and comparisons
+        segmap = segmap.to(torch.float16)  # float16 holds every 8-bit float, and can be compared.
     return _recognize(segmap.detach())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""statistics: mean and summed squared deviation of each channel, over the batch or of each sample."""
+"""statistics: the mean and the sum of squared deviations of each channel, of the batch or of each sample."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def statistics_torch(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
         return zeros, zeros.clone()
     if _register.memory_format(x) == torch.contiguous_format:
         x = x.contiguous()
-        if per_sample:  # every (sample, channel) is a plane of its own
+        if per_sample:  # Each channel of each sample is a plane of its own.
             mean, var = _mean_var(x.view(1, n * c, h, w), acc)
             return mean.view(n, c), var.view(n, c) * count
         mean, var = _mean_var(x, acc)
@@ -32,7 +32,7 @@ def statistics_torch(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
 
 
 def _mean_var(x: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] of x [N, C, H, W], in two passes (CPU) or by Welford's method (CUDA)."""
+    """Mean and biased variance [C] of x [N, C, H, W]: in two passes on a CPU, by Welford's method on a GPU."""
     if x.device.type == "cpu":
         return torch.batch_norm_update_stats(x.to(acc), None, None, 0.0)
     var, mean = torch.var_mean(x.to(acc), dim=(0, 2, 3), correction=0)
@@ -52,9 +52,20 @@ _register.register_first_order_only("statistics", of="statistics")
 
 
 def statistics(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
-    """Mean and M2 = sum of squared deviations from it, per channel of x [N, C, H, W]: two [G, C] tensors, fp32
-    (float64 for float64 x), G = N if per_sample, else 1. Not by E[x²] - E[x]², so a large mean costs no digits.
+    """Mean and M2, the sum of squared deviations from the mean, of each channel.
 
-    Not differentiable: `modulation(..., stats=True)` accounts for the dependence on x. Zeros without elements.
+    A large mean costs no digits, because M2 is not computed as E[x²] - E[x]². Not differentiable:
+    ``modulation(..., stats_from_x=True)`` accounts for the dependence on x.
+
+    Args:
+        x: [N, C, H, W].
+        per_sample: whether each sample has its own statistics.
+
+    Returns:
+        mean and M2 [G, C] in float32 (float64 for float64 x); G = N if per_sample, else 1. Zeros if x is empty.
+
+    Example:
+        >>> statistics(torch.tensor([[[[1.0, 3.0]]]]), per_sample=False)
+        (tensor([[2.]]), tensor([[2.]]))
     """
     return _statistics(x.detach(), per_sample)

@@ -12,7 +12,8 @@ import torch
 
 from spade_fast.ops import _backend as backend
 from spade_fast.ops.label_conv import label_conv_backward_torch, label_conv_torch
-from spade_fast.ops.modulation import modulation_backward_torch, modulation_torch
+from spade_fast.ops.modulation import modulation_torch
+from spade_fast.ops.modulation_backward import modulation_backward_torch
 from spade_fast.ops.pattern_params import tap_segments
 from spade_fast.ops.patterns import patterns_torch
 from spade_fast.ops.segments import segments, segments_torch

@@ -4,10 +4,11 @@
 import pytest
 import torch
 
-from spade_fast import FusedSPADE, LabelMap, ops
+from spade_fast import FusedSPADE, LabelMap
 from spade_fast.models import MultiscaleDiscriminator, SPADEGenerator
 from spade_fast.native.toolchain import find_nvcc
 from spade_fast.ops import _backend as backends
+from spade_fast.ops.patterns import patterns
 from spade_fast.ops.segments import segments
 from spade_fast.ops.statistics import statistics
 from spade_fast.reference import SPADE
@@ -124,7 +125,7 @@ def test_stream_and_graph(name):
     """The kernels go to the current stream, and what does not wait for the host can be captured in a graph."""
     torch.manual_seed(0)
     x = torch.randn(2, 64, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
-    ids, taps, _ = ops.patterns.patterns(label_map(size=(32, 32)).codes.cuda(), 3)
+    ids, taps, _ = patterns(label_map(size=(32, 32)).codes.cuda(), 3)
     params = torch.randn(len(taps), 128, device="cuda")
 
     def work():

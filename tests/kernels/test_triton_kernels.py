@@ -149,7 +149,7 @@ def test_modulation_in_many_tiles(small_tiles, outputs, up, dense, groups, layou
     wanted = torch.autograd.grad(
         sum((e * d.double()).sum() for e, d in zip(expected, douts, strict=True)), [x64, *params64]
     )
-    for a, e in zip(modulation.modulation_backward(douts, *arguments), wanted, strict=True):
+    for a, e in zip(modulation_backward.modulation_backward(douts, *arguments), wanted, strict=True):
         assert a.dtype == dtype
         close(a, e, terms=h * w * up * up * n)
 
@@ -167,7 +167,7 @@ def test_more_channels_than_a_block():
     douts = [random(1, 130, 2, 3, seed=3), random(1, 130, 2, 3, seed=4, channels_last=True)]
     loss = sum((e * d.double()).sum() for e, d in zip(expected, douts, strict=True))
     wanted = torch.autograd.grad(loss, leaves)
-    for a, e in zip(modulation.modulation_backward(douts, *arguments), wanted, strict=True):
+    for a, e in zip(modulation_backward.modulation_backward(douts, *arguments), wanted, strict=True):
         close(a, e, terms=6)
 
     table = random(1, 3, 130).double().requires_grad_()
@@ -221,7 +221,7 @@ def test_label_conv_in_many_tiles(small_tiles, pooled):
 @pytest.mark.parametrize(("width", "channels"), [(64, 70), (20, 5)])  # K steps whole and partial, two column blocks
 def test_gather_gemm(monkeypatch, config, dtype, width, channels):
     use_config(monkeypatch, pattern_params._gather_gemm, config)
-    monkeypatch.setattr(importlib.import_module("spade_fast.ops.pattern_params"), "forced_method", "gather")
+    monkeypatch.setattr(pattern_params, "choose_method", lambda *sizes: "gather")
     a = random(30, width, dtype=dtype)
     taps = torch.randint(-1, 30, (150, 9), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     weights = [random(channels, width, 3, 3, dtype=dtype, seed=s, channels_last=True) for s in (2, 3)]
@@ -245,7 +245,7 @@ def test_configs_give_equal_bits(monkeypatch, name):
     run = {
         "modulation": lambda: modulation.modulation(*arguments)[1],
         "modulation_backward": lambda: modulation_backward.input_gradient(
-            [x, x], x, None, None, params, codes, None, [0.2, 1.0], 1
+            modulation_backward.outputs_of([x, x], params, [0.2, 1.0]), x, None, None, codes, None, 1
         ),
         "embedding_sum": lambda: embedding_sum.embedding_sum(
             random(9, 8, 40), None, codes.view(-1)[:900].view(-1, 9), False, True
@@ -304,7 +304,7 @@ def test_offsets_beyond_31_bits():
     ids = torch.zeros(2, 2, 2, dtype=torch.int32)
     arguments = (x, None, None, [params], ids, *segments.segments(ids, 1), [0.2], 1, False)
     close(modulation.modulation(*arguments)[0], modulated(x.double(), None, None, [params.double()], ids, [0.2], 1)[0])
-    dx, dparams = modulation.modulation_backward([x], *arguments)
+    dx, dparams = modulation_backward.modulation_backward([x], *arguments)
     z = x.double() * (1 + params[:, :3].double().view(1, 3, 1, 1)) + params[:, 3:].double().view(1, 3, 1, 1)
     dz = x.double() * torch.where(z > 0, 1.0, 0.2)
     close(dx, dz * (1 + params[:, :3].double().view(1, 3, 1, 1)))

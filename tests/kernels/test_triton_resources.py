@@ -15,15 +15,14 @@ KERNELS = {
     "embedding_sum": {"_gather_sum_kernel"},
     "label_conv": {"_forward_kernel", "_backward_kernel"},
     "modulation": {"_forward_kernel"},
-    "modulation_backward": {
-        "_pattern_sums_kernel", "_channel_sums_kernel", "_dense_sums_kernel", "_input_gradient_kernel"
-    },
+    "modulation_backward": {"_input_gradient_kernel"},
+    "modulation_sums": {"_pattern_sums_kernel", "_channel_sums_kernel", "_dense_sums_kernel"},
     "normalization_gradient": {"_add_kernel"},
     "pattern_params": {"_gather_gemm_kernel"},
     "patterns": {"_hash_kernel", "_verify_kernel", "_taps_kernel"},
     "segments": {"_segment_sum_kernel", "_combine_kernel"},
     "statistics": {"_partial_kernel", "_merge_kernel"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from spade_fast import ops
 from spade_fast.ops import _backend as backend
+from spade_fast.ops.embedding_sum import embedding_sum
 from spade_fast.ops.patterns import patterns
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -83,19 +83,25 @@ def test_chosen_implementation_is_called(monkeypatch):
 
     called = []
 
-    def embedding_sum(*args):
+    def forward(*args):
         called.append("forward")
         return torch.full((1, 2), 7.0)
 
-    def embedding_sum_backward(dout, out, codes, num_rows, edges, relu):
+    def backward(dout, out, codes, num_rows, edges, relu):
         called.append("backward")
         return torch.zeros(1, num_rows, 2), torch.zeros(2)
 
-    fake = types.SimpleNamespace(embedding_sum=embedding_sum, embedding_sum_backward=embedding_sum_backward)
+    fake = types.SimpleNamespace(embedding_sum=forward, embedding_sum_backward=backward)
     monkeypatch.setitem(sys.modules, "spade_fast.kernels.embedding_sum", fake)
     monkeypatch.setattr(backend, "why_not", lambda name, device="cpu": None)
     table = torch.zeros(1, 3, 2, requires_grad=True)
     with backend.use("triton"):
-        out = ops.embedding_sum.embedding_sum(table, None, torch.zeros(1, 1, dtype=torch.int32), False, False)
+        out = embedding_sum(table, None, torch.zeros(1, 1, dtype=torch.int32), False, False)
         out.sum().backward()
     assert out.tolist() == [[7.0, 7.0]] and called == ["forward", "backward"]
+    with backend.use("triton"):  # the kernels compute in float32: float64 runs on torch, forward and backward
+        double = torch.ones(1, 3, 2, dtype=torch.float64, requires_grad=True)
+        out = embedding_sum(double, None, torch.zeros(1, 1, dtype=torch.int32), False, False)
+        out.sum().backward()
+    assert out.tolist() == [[1.0, 1.0]] and len(called) == 2
+    assert double.grad.tolist() == [[[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]]

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spade_fast import ops
+from spade_fast.ops import _modulation_rows, modulation_backward
 from spade_fast.ops.modulation import modulation
 from spade_fast.ops.patterns import patterns
 from spade_fast.ops.segments import segments
+from spade_fast.ops.statistics import statistics
 
 pytestmark = pytest.mark.usefixtures("strict_memory")
 EPS = 1e-5
@@ -46,7 +47,7 @@ class Case:
     def statistics(self):
         if self.norm == "none":
             return None, None
-        mean, m2 = ops.statistics.statistics(self.x, self.norm == "instance")
+        mean, m2 = statistics(self.x, self.norm == "instance")
         return mean, torch.rsqrt(m2 * mean.numel() / max(self.x.numel(), 1) + EPS)
 
     def actual(self):
@@ -61,7 +62,7 @@ class Case:
             self.offsets,
             self.slopes,
             self.upsample,
-            stats=self.norm != "none",
+            stats_from_x=self.norm != "none",
         )
 
     def expected(self):
@@ -170,7 +171,7 @@ def test_any_shape(n, c, h, w, upsample, norm, dense, outputs, layout):
 def test_constant_statistics_take_no_part_in_the_gradient(backend):
     case = Case((2, 6, 5, 7), dtype=torch.float32)
     mean, rstd = case.statistics()
-    outs = modulation(case.x, mean, rstd, case.params, case.ids, None, None, [0.2], 1, stats=False)
+    outs = modulation(case.x, mean, rstd, case.params, case.ids, None, None, [0.2], 1, stats_from_x=False)
     gamma, beta = case.params[0][case.ids.long()].permute(0, 3, 1, 2).chunk(2, 1)
     z = (case.x - mean[0, :, None, None]) * rstd[0, :, None, None] * (1 + gamma) + beta
     expected = case.gradients([torch.where(z > 0, z, 0.2 * z)])
@@ -191,11 +192,8 @@ def test_one_unused_output(backend):
 
 def test_blocks_and_image_groups_join(monkeypatch):
     """Tiny blocks and groups, so that one call has many of each."""
-    import sys
-
-    module = sys.modules["spade_fast.ops.modulation"]
-    monkeypatch.setattr(module, "_BLOCK", 40)
-    monkeypatch.setattr(module, "_GROUP", 2500)
+    monkeypatch.setattr(_modulation_rows, "BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(modulation_backward, "GROUP_ELEMENTS", 2500)
     for norm, upsample, dense in itertools.product(("batch", "instance"), (1, 2), (False, True)):
         Case((5, 6, 7, 5), norm, upsample, 2, dense).check(1e-11)
 
@@ -242,7 +240,7 @@ def test_second_derivatives():
                 variance, mean = torch.var_mean(x.detach(), axes, correction=0)
                 mean, rstd = mean.view(-1, x.shape[1]), torch.rsqrt(variance.view(-1, x.shape[1]) + 1e-5)
             options = (case.ids, case.order, case.offsets, [0.2, 1.0][: len(params)], case.upsample)
-            return tuple(modulation(x, mean, rstd, list(params), *options, stats=mean is not None))
+            return tuple(modulation(x, mean, rstd, list(params), *options, stats_from_x=mean is not None))
 
         assert torch.autograd.gradgradcheck(outputs, (case.x, *case.params))
 
@@ -253,7 +251,9 @@ def test_saves_only_its_inputs():
     inputs = [case.x, mean, rstd, *case.params, case.ids, case.order, case.offsets]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        modulation(case.x, mean, rstd, case.params, case.ids, case.order, case.offsets, [0.2, 1.0], 2, stats=True)
+        modulation(
+            case.x, mean, rstd, case.params, case.ids, case.order, case.offsets, [0.2, 1.0], 2, stats_from_x=True
+        )
     assert len(saved) == 8 and set(saved) <= {t.data_ptr() for t in inputs}
 
 
@@ -262,9 +262,12 @@ def test_saves_only_its_inputs():
     [
         (dict(upsample=3), "upsample must be 1 or 2, got 3"),
         (dict(slopes=[0.2, 1.0]), "1 or 2 sets of params, a slope each; got 1 and 2"),
-        (dict(ids=torch.zeros(1, 3, 3, dtype=torch.int32)), r"ids must have shape \[1, 4, 4\], got \[1, 3, 3\]"),
+        (
+            dict(pattern_ids=torch.zeros(1, 3, 3, dtype=torch.int32)),
+            r"pattern_ids must have shape \[1, 4, 4\], got \[1, 3, 3\]",
+        ),
         (dict(params=[torch.zeros(5, 5)]), r"params\[0\] must have shape \[P, 4\], got \[5, 5\]"),
-        (dict(ids=None), r"params\[0\] must have shape \[1, 4, 4, 4\], got \[5, 4\]"),
+        (dict(pattern_ids=None), r"params\[0\] must have shape \[1, 4, 4, 4\], got \[5, 4\]"),
         (dict(x=torch.zeros(2, 4, 4)), r"x must have shape \[N, C, H, W\], got \[2, 4, 4\]"),
     ],
 )
@@ -274,7 +277,7 @@ def test_wrong_arguments(change, message):
         mean=None,
         rstd=None,
         params=[torch.zeros(5, 4)],
-        ids=torch.zeros(1, 4, 4, dtype=torch.int32),
+        pattern_ids=torch.zeros(1, 4, 4, dtype=torch.int32),
         order=None,
         offsets=None,
         slopes=[1.0],

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-import sys
-
 import maps
 import pytest
 import torch
 
+from spade_fast.ops import pattern_params as module
 from spade_fast.ops.pattern_params import pattern_params, tap_segments
 from spade_fast.ops.patterns import patterns
 
 pytestmark = pytest.mark.usefixtures("strict_memory")
-module = sys.modules["spade_fast.ops.pattern_params"]
 
 
 @pytest.fixture(params=["gather", "factored"])
 def method(request, monkeypatch):
     """Forces a method of the torch backend; the others have one each."""
-    monkeypatch.setattr(module, "forced_method", request.param)
+    monkeypatch.setattr(module, "choose_method", lambda *sizes: request.param)
     return request.param
 
 
