@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """spade-fast: exact, fast SPADE (semantic image synthesis with spatially-adaptive normalization)."""
 
-from spade_fast import _moved, functional, reference
+from spade_fast import _moved
 from spade_fast.fusion import fuse, unfuse
 from spade_fast.labels.label_map import LabelMap
 from spade_fast.layers.block import SPADEResnetBlock
@@ -19,11 +19,9 @@ __all__ = [
     "SPADEGenerator",
     "SPADEResnetBlock",
     "__version__",
-    "functional",
     "fuse",
     "load_encoder",
     "load_generator",
-    "reference",
     "set_process_group",
     "unfuse",
     "use_backend",
