@@ -57,8 +57,9 @@ def option(group: str, default: Any, help: str, choices: tuple | None = None) ->
 def flag(name: str) -> str:
     """The option as it is written on the command line.
 
-    >>> flag("batch_size")
-    '--batch-size'
+    Examples:
+        >>> flag("batch_size")
+        '--batch-size'
     """
     return "--" + name.replace("_", "-")
 

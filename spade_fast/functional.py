@@ -117,10 +117,11 @@ def gamma_beta(
 ) -> tuple[Tensor, Tensor]:
     """gamma, without its offset, and beta of every pixel (Park et al., CVPR 2019, Figure 2).
 
-    >>> network = ModulationNetwork(torch.ones(8, 3, 3, 3), None, *(torch.ones(4, 8, 3, 3), None) * 2)
-    >>> gamma, beta = gamma_beta(torch.zeros(1, 3, 16, 16), network, size=(8, 8))
-    >>> gamma.shape
-    torch.Size([1, 4, 8, 8])
+    Examples:
+        >>> network = ModulationNetwork(torch.ones(8, 3, 3, 3), None, *(torch.ones(4, 8, 3, 3), None) * 2)
+        >>> gamma, beta = gamma_beta(torch.zeros(1, 3, 16, 16), network, size=(8, 8))
+        >>> gamma.shape
+        torch.Size([1, 4, 8, 8])
 
     Args:
         labels: LabelMap, or a map [N, label_nc, h, w]. An exactly one-hot tensor is taken as a LabelMap.
@@ -145,9 +146,10 @@ def gamma_beta(
 def spade(x: Tensor, labels: LabelMap | Tensor, network: ModulationNetwork, norm: Norm = None) -> Tensor:
     """``norm(x) * (gamma_offset + gamma) + beta`` (Park et al., CVPR 2019, equation 1).
 
-    >>> network = ModulationNetwork(torch.ones(8, 3, 3, 3), None, *(torch.ones(4, 8, 3, 3), None) * 2)
-    >>> spade(torch.randn(1, 4, 8, 8), torch.zeros(1, 3, 16, 16), network, norm="instance").shape
-    torch.Size([1, 4, 8, 8])
+    Examples:
+        >>> network = ModulationNetwork(torch.ones(8, 3, 3, 3), None, *(torch.ones(4, 8, 3, 3), None) * 2)
+        >>> spade(torch.randn(1, 4, 8, 8), torch.zeros(1, 3, 16, 16), network, norm="instance").shape
+        torch.Size([1, 4, 8, 8])
 
     Args:
         x: activation [N, C, H, W].

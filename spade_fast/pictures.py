@@ -31,8 +31,9 @@ def colorize(label: torch.Tensor | np.ndarray, palette: np.ndarray) -> np.ndarra
     Raises:
         ValueError: a label has no color, or an argument has a wrong shape.
 
-    >>> colorize(np.array([[0, -1]]), np.array([[9, 8, 7]])).tolist()
-    [[[9, 8, 7], [0, 0, 0]]]
+    Examples:
+        >>> colorize(np.array([[0, -1]]), np.array([[9, 8, 7]])).tolist()
+        [[[9, 8, 7], [0, 0, 0]]]
     """
     label = np.asarray(label)
     palette = np.asarray(palette, dtype=np.uint8)

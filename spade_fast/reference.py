@@ -30,8 +30,9 @@ def check_layer_options(norm: str, kernel_size: int, **sizes: int) -> None:
 def config_options(config_text: str) -> tuple[str, int]:
     """(norm, kernel_size) of a SPADE layer in the authors' form, such as ``spadesyncbatch3x3``.
 
-    >>> config_options("spadeinstance5x5")
-    ('instance', 5)
+    Examples:
+        >>> config_options("spadeinstance5x5")
+        ('instance', 5)
 
     Raises:
         ValueError: the text has another form, or its norm or kernel is unknown.
@@ -106,9 +107,10 @@ class SPADE(nn.Module):
     ``out = norm(x) * (1 + gamma(segmap)) + beta(segmap)``, where ``segmap`` is nearest-resized to the size of ``x``,
     and gamma and beta are two convolutions over a shared ``relu(convolution(segmap))``.
 
-    >>> layer = SPADE(norm_nc=4, label_nc=3)  # or SPADE("spadesyncbatch3x3", 4, 3)
-    >>> layer(torch.randn(1, 4, 8, 8), torch.zeros(1, 3, 16, 16)).shape
-    torch.Size([1, 4, 8, 8])
+    Examples:
+        >>> layer = SPADE(norm_nc=4, label_nc=3)  # or SPADE("spadesyncbatch3x3", 4, 3)
+        >>> layer(torch.randn(1, 4, 8, 8), torch.zeros(1, 3, 16, 16)).shape
+        torch.Size([1, 4, 8, 8])
 
     Args:
         norm_nc: channels of the activation.

@@ -158,7 +158,7 @@ def test_every_message_of_the_data_is_explained():
 def test_the_signature_of_the_original_that_the_pages_name():
     names = {"FusedSPADE": FusedSPADE, "norm_nc": 64, "label_nc": 184}
     for page in ("faq.md", "drop_in.md"):
-        (call,) = re.findall(r"`(FusedSPADE\(\"spade[^`]*\))`", (DOCS / page).read_text())
+        (call,) = re.findall(r"`(FusedSPADE\(\"spade[^`]*\))`", (DOCS / page).read_text())  # one on each page
         layer = eval(call, names)
         assert {n: t.shape for n, t in layer.state_dict().items()} == {
             n: t.shape for n, t in FusedSPADE(64, 184, norm="syncbatch", kernel_size=3).state_dict().items()

@@ -87,8 +87,9 @@ class ClassTable:
 def _ranges(values: Iterable[int]) -> str:
     """Numbers as runs.
 
-    >>> _ranges([0, 1, 2, 255])
-    '0..2, 255'
+    Examples:
+        >>> _ranges([0, 1, 2, 255])
+        '0..2, 255'
     """
     runs: list[list[int]] = []
     for value in sorted(values):

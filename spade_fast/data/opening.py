@@ -60,8 +60,9 @@ def default_options(name: str) -> dict[str, Any]:
     Raises:
         DataError: the dataset is unknown.
 
-    >>> default_options("coco")["crop_size"]
-    256
+    Examples:
+        >>> default_options("coco")["crop_size"]
+        256
     """
     options = dataclasses.asdict(_kind(name).defaults)
     return {**options, "flip": True, "load_size": default_load_size(options["preprocess"], options["crop_size"])}
@@ -97,8 +98,9 @@ def make_dataset(name: str, phase: str = "train", **options: Any) -> Segmentatio
         DataError: an option is impossible, a folder is missing or empty, or files have no partner.
         TypeError: an option is unknown.
 
-    >>> make_dataset("synthetic", "val", crop_size=64)[0]["label"].shape
-    torch.Size([64, 64])
+    Examples:
+        >>> make_dataset("synthetic", "val", crop_size=64)[0]["label"].shape
+        torch.Size([64, 64])
     """
     known = [field.name for field in dataclasses.fields(Request)][1:]
     for option in options:

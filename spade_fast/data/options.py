@@ -113,8 +113,9 @@ def _split(dataset: FileDataset, fraction: float, seed: int, phase: str) -> None
 def check_command(options: DataOptions) -> str:
     """The command that lists every fault of the data.
 
-    >>> check_command(DataOptions(dataset="folder", label_dir="my labels", num_classes=3))
-    "python -m spade_fast.data check --dataset folder --label-dir 'my labels' --num-classes 3"
+    Examples:
+        >>> check_command(DataOptions(dataset="folder", label_dir="my labels", num_classes=3))
+        "python -m spade_fast.data check --dataset folder --label-dir 'my labels' --num-classes 3"
     """
     words = ["python", "-m", "spade_fast.data", "check", "--dataset", options.dataset]
     for field in dataclasses.fields(DataOptions):

@@ -18,8 +18,9 @@ def distinct_colors(count: int) -> np.ndarray:
     Returns:
         uint8 [count, 3].
 
-    >>> distinct_colors(3).tolist()
-    [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+    Examples:
+        >>> distinct_colors(3).tolist()
+        [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
     """
     numbers = np.arange(count, dtype=np.int64)
     colors = np.zeros((count, 3), dtype=np.int64)

@@ -27,8 +27,9 @@ _MULTIPLE = 32  # mode "none" rounds each side to a multiple of this: a generato
 def default_load_size(preprocess: str, crop_size: int) -> int:
     """The load size of a training set where none is given: 286 for a crop of 256, as in the authors' release.
 
-    >>> default_load_size("resize_and_crop", 512)
-    572
+    Examples:
+        >>> default_load_size("resize_and_crop", 512)
+        572
     """
     return round(crop_size * 286 / 256) if preprocess.endswith("_and_crop") else crop_size
 
@@ -186,8 +187,9 @@ def instances_to_edges(ids: np.ndarray) -> np.ndarray:
     Returns:
         bool [H, W].
 
-    >>> instances_to_edges(np.array([[1, 1, 2, 2]])).tolist()
-    [[False, True, True, False]]
+    Examples:
+        >>> instances_to_edges(np.array([[1, 1, 2, 2]])).tolist()
+        [[False, True, True, False]]
     """
     edges = np.zeros(ids.shape, dtype=bool)
     across = ids[:, 1:] != ids[:, :-1]

@@ -36,10 +36,11 @@ def fuse(
 
     A fused layer takes a :class:`spade_fast.LabelMap` in place of its one-hot map, too.
 
-    >>> from spade_fast.reference import SPADE
-    >>> report = fuse(nn.ModuleDict({"norm": SPADE(norm_nc=4, label_nc=3)}))
-    >>> [layer.how for layer in report.fused]
-    ['batch norm']
+    Examples:
+        >>> from spade_fast.reference import SPADE
+        >>> report = fuse(nn.ModuleDict({"norm": SPADE(norm_nc=4, label_nc=3)}))
+        >>> [layer.how for layer in report.fused]
+        ['batch norm']
 
     Args:
         model: any module. Its parameters are float32 or float64.

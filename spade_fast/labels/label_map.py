@@ -27,12 +27,13 @@ class LabelMap:
     ignored pixel has the label num_classes. A LabelMap is a copy of the labels as they were: do not write to its
     tensors. Its resized codes and its patterns are found on first use and kept.
 
-    >>> labels = LabelMap(torch.tensor([[[0, 0, 1, 255]]]), num_classes=2, ignore_index=255)
-    >>> labels
-    LabelMap([1, 1, 4], num_classes=2, device=cpu)
-    >>> labels.one_hot()[0, :, 0]
-    tensor([[1., 1., 0., 0.],
-            [0., 0., 1., 0.]])
+    Examples:
+        >>> labels = LabelMap(torch.tensor([[[0, 0, 1, 255]]]), num_classes=2, ignore_index=255)
+        >>> labels
+        LabelMap([1, 1, 4], num_classes=2, device=cpu)
+        >>> labels.one_hot()[0, :, 0]
+        tensor([[1., 1., 0., 0.],
+                [0., 0., 1., 0.]])
 
     Args:
         labels: [N, H, W] label values 0..num_classes-1, of any integer dtype. ``ids=`` is its deprecated name.

@@ -30,8 +30,9 @@ _open = _Open()
 def map_scope() -> Iterator[None]:
     """Inside, each map is recognized once, however many layers ask. Of nested scopes of a thread the outermost counts.
 
-    >>> with map_scope():
-    ...     pass  # calls of layers with the same one-hot tensor
+    Examples:
+        >>> with map_scope():
+        ...     pass  # calls of layers with the same one-hot tensor
     """
     if _open.known is not None:
         yield

@@ -47,9 +47,10 @@ class FusedSPADE(nn.Module):
     Training with statistics over several processes has two limits. A second derivative is refused by name. So are
     traces, exports, ``torch.func`` and forward-mode derivatives.
 
-    >>> layer = FusedSPADE(norm_nc=4, label_nc=3)  # or FusedSPADE("spadesyncbatch3x3", 4, 3)
-    >>> layer(torch.randn(1, 4, 8, 8), LabelMap(torch.zeros(1, 8, 8, dtype=torch.uint8), num_classes=3)).shape
-    torch.Size([1, 4, 8, 8])
+    Examples:
+        >>> layer = FusedSPADE(norm_nc=4, label_nc=3)  # or FusedSPADE("spadesyncbatch3x3", 4, 3)
+        >>> layer(torch.randn(1, 4, 8, 8), LabelMap(torch.zeros(1, 8, 8, dtype=torch.uint8), num_classes=3)).shape
+        torch.Size([1, 4, 8, 8])
 
     Args:
         norm_nc: channels of the activation.

@@ -214,7 +214,8 @@ def load_generator(
             preset, or needs an option that is not given.
         ValueError: weights or preset is unknown.
 
-    >>> load_generator("latest_net_G.pth", preset="coco")  # doctest: +SKIP
+    Examples:
+        >>> load_generator("latest_net_G.pth", preset="coco")  # doctest: +SKIP
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")

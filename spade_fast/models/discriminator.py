@@ -101,10 +101,11 @@ class MultiscaleDiscriminator(nn.Module):
 
     Each takes input of half the size of the one before, by a 3×3 average pool with stride 2.
 
-    >>> labels = LabelMap(torch.zeros(2, 64, 64, dtype=torch.uint8), num_classes=3)
-    >>> scales = MultiscaleDiscriminator(label_nc=3, ndf=2)(labels, torch.zeros(2, 3, 64, 64))
-    >>> [features[-1].shape for features in scales]
-    [torch.Size([2, 1, 11, 11]), torch.Size([2, 1, 7, 7])]
+    Examples:
+        >>> labels = LabelMap(torch.zeros(2, 64, 64, dtype=torch.uint8), num_classes=3)
+        >>> scales = MultiscaleDiscriminator(label_nc=3, ndf=2)(labels, torch.zeros(2, 3, 64, 64))
+        >>> [features[-1].shape for features in scales]
+        [torch.Size([2, 1, 11, 11]), torch.Size([2, 1, 7, 7])]
 
     Args:
         label_nc: channels of the segmentation map, as for the generator.

@@ -20,9 +20,10 @@ class ConvEncoder(nn.Module):
 
     Six normalized stride-2 convolutions with ngf, 2·, 4·, 8·, 8· and 8·ngf channels, then two linear layers.
 
-    >>> mu, logvar = ConvEncoder(ngf=1, z_dim=8)(torch.zeros(2, 3, 64, 64))
-    >>> mu.shape
-    torch.Size([2, 8])
+    Examples:
+        >>> mu, logvar = ConvEncoder(ngf=1, z_dim=8)(torch.zeros(2, 3, 64, 64))
+        >>> mu.shape
+        torch.Size([2, 8])
 
     Args:
         ngf: channels of the first layer.

@@ -32,8 +32,9 @@ UPSAMPLING_LAYERS = {"normal": 5, "more": 6, "most": 7}
 def start_size(crop_size: int, aspect_ratio: float, num_upsampling_layers: str) -> tuple[int, int]:
     """(height, width) in pixels of the generator's first feature map.
 
-    >>> start_size(256, 1.0, "normal")
-    (8, 8)
+    Examples:
+        >>> start_size(256, 1.0, "normal")
+        (8, 8)
 
     Args:
         crop_size: width of the image in pixels.
@@ -65,9 +66,10 @@ class SPADEGenerator(nn.Module):
     It sends a latent code, or the downsampled label map, through SPADE residual blocks. Between blocks it enlarges the
     features twice by nearest neighbor.
 
-    >>> net = SPADEGenerator(label_nc=3, ngf=1, crop_size=64)
-    >>> net(LabelMap(torch.zeros(1, 64, 64, dtype=torch.uint8), num_classes=3)).shape
-    torch.Size([1, 3, 64, 64])
+    Examples:
+        >>> net = SPADEGenerator(label_nc=3, ngf=1, crop_size=64)
+        >>> net(LabelMap(torch.zeros(1, 64, 64, dtype=torch.uint8), num_classes=3)).shape
+        torch.Size([1, 3, 64, 64])
 
     Args:
         label_nc: channels of the map: classes, one more for "unknown", one more for instance edges (COCO-Stuff: 184).
@@ -189,10 +191,11 @@ class SPADEGenerator(nn.Module):
         :attr:`scale`, but with instance norm none of a single first pixel. From any other map, and with a z_dim, the
         image has :attr:`output_size`.
 
-        >>> SPADEGenerator(3, ngf=1, crop_size=64).image_size(96, 32)
-        (96, 32)
-        >>> SPADEGenerator(3, ngf=1, crop_size=64).image_size(120, 160)
-        (64, 64)
+        Examples:
+            >>> SPADEGenerator(3, ngf=1, crop_size=64).image_size(96, 32)
+            (96, 32)
+            >>> SPADEGenerator(3, ngf=1, crop_size=64).image_size(120, 160)
+            (64, 64)
         """
         return self.output_size if self.size_refusal(height, width) else (height, width)
 

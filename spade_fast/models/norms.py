@@ -19,8 +19,9 @@ CONV_NORMS = tuple(prefix + norm for prefix in (SPECTRAL, "") for norm in ("inst
 def conv_norm(name: str) -> tuple[bool, str]:
     """(whether convolutions are spectrally normalized, the norm after them) of a norm_D or norm_E.
 
-    >>> conv_norm("spectralinstance")
-    (True, 'instance')
+    Examples:
+        >>> conv_norm("spectralinstance")
+        (True, 'instance')
 
     Args:
         name: one of CONV_NORMS. ``spectral`` alone is ``spectralnone``, and ``sync_batch`` is ``syncbatch``.
@@ -51,8 +52,9 @@ def current_norm(name: str, network: nn.Module) -> str:
 def norm_g_options(norm_g: str) -> dict[str, str | int | bool]:
     """Options of :class:`spade_fast.models.SPADEGenerator` for a norm_G of the authors' code.
 
-    >>> norm_g_options("spectralspadesyncbatch3x3")
-    {'norm': 'syncbatch', 'kernel_size': 3, 'spectral_norm': True}
+    Examples:
+        >>> norm_g_options("spectralspadesyncbatch3x3")
+        {'norm': 'syncbatch', 'kernel_size': 3, 'spectral_norm': True}
 
     Args:
         norm_g: such as ``spectralspadesyncbatch3x3`` or ``spadeinstance5x5``. It is ``spectral`` for spectral norm,

@@ -159,8 +159,9 @@ def _output(command: list[str]) -> str:
 def codes(gencode: list[str] | tuple[str, ...]) -> str:
     """The architectures of -gencode options, as text.
 
-    >>> codes(["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=compute_90a"])
-    'sm_80, compute_90a'
+    Examples:
+        >>> codes(["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=compute_90a"])
+        'sm_80, compute_90a'
     """
     return ", ".join(option.rpartition("=")[2] for option in gencode)
 

@@ -95,8 +95,9 @@ def l1_loss(x: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
 
-    >>> l1_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0]))
-    tensor(1.5000)
+    Examples:
+        >>> l1_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0]))
+        tensor(1.5000)
     """
     if x.shape != target.shape:
         raise ValueError(f"l1_loss: expected a target of shape {list(x.shape)}, got {list(target.shape)}")
@@ -150,7 +151,8 @@ def kl_loss(mu: Tensor, logvar: Tensor) -> Tensor:
     Returns:
         A scalar, summed over batch and latent dimensions.
 
-    >>> kl_loss(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
-    tensor(2.5000)
+    Examples:
+        >>> kl_loss(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2))
+        tensor(2.5000)
     """
     return -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())

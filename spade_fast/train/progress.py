@@ -13,8 +13,9 @@ PAUSE = 30.0  # seconds between lines without tqdm
 def clock(seconds: float) -> str:
     """Minutes and seconds, or hours too.
 
-    >>> clock(83.4), clock(7384)
-    ('1:23', '2:03:04')
+    Examples:
+        >>> clock(83.4), clock(7384)
+        ('1:23', '2:03:04')
     """
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -19,8 +19,9 @@ def lr_factor(epoch: int, epochs: int, decay_from: int | None) -> float:
         epochs: of the whole run.
         decay_from: the last epoch with factor 1; None keeps it for all.
 
-    >>> [lr_factor(epoch, epochs=4, decay_from=2) for epoch in range(4)]
-    [1.0, 1.0, 1.0, 0.5]
+    Examples:
+        >>> [lr_factor(epoch, epochs=4, decay_from=2) for epoch in range(4)]
+        [1.0, 1.0, 1.0, 0.5]
     """
     if decay_from is None or epoch <= decay_from:
         return 1.0
